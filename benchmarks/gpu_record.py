@@ -265,17 +265,14 @@ def four_bit(bench: Bench, inputs: int, outputs: int) -> Any:
     return linear
 
 
-def stack(bench: Bench, quantized: bool = True) -> Any:
+def stack(bench: Bench, quantized: bool = True, dropout: float = 0.0) -> Any:
     """Return a decoder of few layers in NF4, or in 16 bit, with adapters on all linears, as a run prepares it."""
     from peft import LoraConfig
     from transformers import LlamaConfig, LlamaModel
 
     from budwood.adapters.peft_layers import select_adapters
-    from budwood.model.halves.take_over import compute_in_halves
+    from budwood.model.halves.take_over import use_own_operations
     from budwood.model.ops import attention
-    from budwood.model.ops.gated import fuse_mlps
-    from budwood.model.ops.rms_norm import save_memory_in_norms
-    from budwood.model.ops.rotary import fuse_rotations
     from budwood_lora.layers import add_adapter
 
     attention.register()
@@ -298,11 +295,9 @@ def stack(bench: Bench, quantized: bool = True) -> Any:
                 full = bench.draw(*parameter.shape) * 0.02 + (parameter.dim() == 1)
                 module._parameters[leaf] = nn.Parameter(full, requires_grad=False)
     model.rotary_emb = type(model.rotary_emb)(config).to(bench.device)
-    save_memory_in_norms(model)
-    fuse_mlps(model)
-    fuse_rotations(model)
-    compute_in_halves(model)
-    add_adapter(model, LoraConfig(r=RANK, lora_alpha=16, target_modules=names, init_lora_weights=False), "default")
+    use_own_operations(model)
+    lora = LoraConfig(r=RANK, lora_alpha=16, lora_dropout=dropout, target_modules=names, init_lora_weights=False)
+    add_adapter(model, lora, "default")
     select_adapters(model, "lora", ["default"])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)

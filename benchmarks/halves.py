@@ -5,8 +5,9 @@ both ways, one after the other and in changing order, so that noise of the machi
 processor time, which other processes disturb less than the clock.
 
 `--labels SHARE` compares the last layer at label positions alone with the whole layer: of each segment, the last
-tokens are labelled, and heads have 64 elements. `--rotary` times the rotary embedding of a tensor of
-8 heads of 64, by halves and by the operations of the models, the best and the median of all passes.
+tokens are labelled, and heads have 64 elements. `--dropout P` compares dropout on the inputs of the adapters as it is
+drawn in a run with torch's own. `--rotary` times the rotary embedding of a tensor of 8 heads of 64, by halves and by
+the operations of the models, the best and the median of all passes.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from benchmarks.gpu_record import SEGMENT, Bench, nothing, own_forward, stack, step_of
 from budwood.model.halves.labels import hidden_states, labels_alone
-from budwood.model.ops import rotary
+from budwood.model.ops import dropout, rotary
 from budwood.model.ops.attention import packed_mask
 from budwood.model.recompute import recompute_layers
 
@@ -36,11 +38,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of the packed row (default 512)")
     parser.add_argument("--pairs", type=int, default=6, help="passes of each kind (default 6)")
     parser.add_argument("--labels", type=float, metavar="SHARE", help="of the positions, which the last layer computes")
+    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of the adapters, here and by torch")
     parser.add_argument("--rotary", action="store_true", help="time rotary embeddings instead of layers")
     chosen = parser.parse_args()
     kinds: list[tuple[str, Any]] = [("halves", nothing), ("modules", own_forward)]
     if chosen.labels:
         kinds = [("labels", labels_alone), ("whole", partial(labels_alone, False))]
+    elif chosen.dropout:
+        kinds = [
+            ("drawn here", nothing),
+            ("torch", partial(mock.patch.object, dropout, "_is_drawn", return_value=False)),
+        ]
     torch.set_num_threads(1)
     if chosen.rotary:
         rotations(chosen.tokens, chosen.pairs)
@@ -50,7 +58,7 @@ def main() -> None:
         for quantized in (False, True):
             bench = Bench(True, Path(), 600)
             bench.shapes, bench.dtype = SHAPES | ({"head": 64} if chosen.labels else {}), dtype
-            model = stack(bench, quantized)
+            model = stack(bench, quantized, chosen.dropout)
             for recomputes in (False, True):
                 recompute_layers(model, recomputes)
                 seconds: dict[str, list[float]] = {first: [], second: []}

@@ -24,12 +24,9 @@ from budwood.model.checks import (
     skeleton,
 )
 from budwood.model.experts import count_experts, open_experts, packed_as_read
-from budwood.model.halves.take_over import compute_in_halves
+from budwood.model.halves.take_over import use_own_operations
 from budwood.model.heads import body_of, name_body
 from budwood.model.machine import pick_device_precision
-from budwood.model.ops.gated import fuse_mlps
-from budwood.model.ops.rms_norm import save_memory_in_norms
-from budwood.model.ops.rotary import fuse_rotations
 from budwood.model.quantizers import claim, is_quantized, linear_shape, quantizer_of
 from budwood.model.quantizers.experts import quantized_experts
 from budwood.model.quantizers.stored import loading_config
@@ -222,10 +219,7 @@ def load_base(
     new = tuple(key for key in new if not set(key.split(".")) & set(unused))
     loaded.requires_grad_(False)
     loaded.eval()
-    save_memory_in_norms(loaded)
-    fuse_mlps(loaded)
-    fuse_rotations(loaded)
-    compute_in_halves(loaded)
+    use_own_operations(loaded)
     loaded.config.name_or_path = name
     if info.prequantized and quantizer.own_modules:
         loaded.config.quantization_config = info.config["quantization_config"]

@@ -16,10 +16,7 @@ from budwood.errors import first_line
 from budwood.model.checkpoint import read_config, read_tensors, resolve
 from budwood.model.checks import check_base, find_quantizer, load_tokenizer, skeleton
 from budwood.model.experts import count_experts, plan_experts
-from budwood.model.halves.take_over import compute_in_halves
-from budwood.model.ops.gated import fuse_mlps
-from budwood.model.ops.rms_norm import save_memory_in_norms
-from budwood.model.ops.rotary import fuse_rotations
+from budwood.model.halves.take_over import use_own_operations
 from budwood.model.quantizers import Quantizer, Unquantized, claim, is_quantized
 from budwood.model.quantizers.stored import replace_linears
 
@@ -141,10 +138,7 @@ def fake_base(
         notes.append(f"quantiser {quantizer} cannot be planned: its base counts unquantised")
     frame.requires_grad_(False)
     frame.eval()
-    save_memory_in_norms(frame)
-    fuse_mlps(frame)
-    fuse_rotations(frame)
-    compute_in_halves(frame)
+    use_own_operations(frame)
     if count_experts(frame).total:
         notes.append("experts: planned with the same number of tokens for each")
     device = torch.device("cpu")

@@ -14,14 +14,25 @@ from budwood.errors import is_out_of_memory
 from budwood.model.device import isolated, planned_device
 from budwood.model.halves.layer import PATTERNS, Halves, Names, queries
 from budwood.model.halves.shadows import Shadows
+from budwood.model.ops.dropout import draw_quickly
 from budwood.model.ops.gated import GatedMLP, fuse_mlps
 from budwood.model.ops.rms_norm import save_memory_in_norms
+from budwood.model.ops.rotary import fuse_rotations
 
 SMALL = {
     "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
     "num_hidden_layers": 2,
 }  # fmt: skip
 """Sizes of the layer that is tried, where a config has such a field."""
+
+
+def use_own_operations(model: nn.Module) -> None:
+    """Make a frozen base compute with Budwood's operations, which give its own numbers, or dropout of the same kind."""
+    save_memory_in_norms(model)
+    fuse_mlps(model)
+    fuse_rotations(model)
+    draw_quickly(model)
+    compute_in_halves(model)
 
 
 def compute_in_halves(model: nn.Module) -> int:

@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from budwood.model.device import capability, device_type
 from budwood.model.ops import batched_attention as batched
 from budwood.model.ops import segment_attention as segments_alone
+from budwood.model.ops.dropout import dropout as drop_weights
 from budwood.model.ops.segment_attention import segment_attention, takes
 
 IMPLEMENTATION = "budwood"
@@ -192,7 +193,7 @@ def _plain(
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
     if sinks is not None:
         weights = weights[..., :-1]
-    return (F.dropout(weights, dropout) @ value).transpose(1, 2)
+    return (drop_weights(weights, dropout) @ value).transpose(1, 2)
 
 
 def _band(length: int, device: torch.device, causal: bool, window: int | None) -> Tensor:

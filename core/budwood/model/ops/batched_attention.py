@@ -12,10 +12,10 @@ import functools
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from budwood.model.device import device_type
+from budwood.model.ops.dropout import dropout as drop_weights
 
 LONGEST = 40
 """Longest segment of a row that is computed in batches."""
@@ -77,7 +77,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: fl
     with torch.autocast(q.device.type, enabled=False):  # it would compute the scores in 16 bit
         scores = torch.bmm(q.to(wide) * scaling, k.to(wide).mT).view(count, -1, shared, length, length)
     weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).to(v.dtype)
-    weights = F.dropout(weights, dropout).view(-1, shared * length, length)
+    weights = drop_weights(weights, dropout).view(-1, shared * length, length)
     out = torch.bmm(weights, v).view(count, -1, shared, length, v.shape[-1])
     return out.permute(0, 3, 1, 2, 4).reshape(count, length, heads, -1)
 

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from budwood.model.device import capability, device_type
+from budwood.model.ops.dropout import drop, drop_again, drop_factor
 from budwood.model.quantizers.experts import ExpertLinear
 
 GROUP_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
@@ -171,7 +172,8 @@ class GroupedLinear(torch.autograd.Function):
             if a is not None and b is not None:
                 inner = rows
                 if dropout > 0.0:
-                    inner, mask = torch.native_dropout(rows, dropout, True)
+                    inner, mask = drop(rows, dropout)
+                    scaling *= drop_factor(rows, dropout)
                 a, b = a.to(dtype).contiguous(), b.to(dtype).contiguous()
                 narrow = grouped(inner, a.transpose(1, 2), routing)
                 y.add_(grouped(narrow, b.transpose(1, 2), routing), alpha=scaling)
@@ -188,7 +190,6 @@ class GroupedLinear(torch.autograd.Function):
         wants_x, _, _, wants_a, wants_b, *_ = ctx.needs_input_grad
         routing, grad_x, grad_a, grad_b = ctx.routing, None, None, None
         x_dtype, a_dtype, b_dtype = ctx.dtypes
-        keep = 1.0 / (1.0 - ctx.dropout) if mask is not None else 1.0
         with torch.autocast(gradients[0].device.type, enabled=False):
             gradient = gradients[0].to(ctx.dtype).contiguous()
             grad_narrow = None
@@ -197,13 +198,13 @@ class GroupedLinear(torch.autograd.Function):
             if wants_b:
                 grad_b = grouped_outer(gradient, narrow, routing).mul_(ctx.scaling).to(b_dtype)
             if wants_a and grad_narrow is not None:
-                inner = rows if mask is None else torch.ops.aten.native_dropout_backward(rows, mask, keep)
+                inner = rows if mask is None else drop_again(rows, mask, ctx.dropout)
                 grad_a = grouped_outer(grad_narrow, inner, routing).to(a_dtype)
             if wants_x:
                 grad_x = _base_product(gradient, ctx.base, routing, backward=True)
                 if grad_narrow is not None:
                     through = grouped(grad_narrow, a, routing)
-                    through = through if mask is None else torch.ops.aten.native_dropout_backward(through, mask, keep)
+                    through = through if mask is None else drop_again(through, mask, ctx.dropout)
                     grad_x.add_(through)
                 grad_x = grad_x.to(x_dtype)
         return grad_x, None, None, grad_a, grad_b, None, None

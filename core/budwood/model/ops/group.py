@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from budwood.model.device import device_type
+from budwood.model.ops.dropout import drop, drop_again, drop_factor
 from budwood.model.ops.kernels import implementation
 from budwood.model.ops.linear import thin_product
 from budwood.model.quantizers import quantizer_of
@@ -148,7 +149,8 @@ class Group:
         self.bases = [part.base for part in parts]
         self.quantizers: list[Any] = [quantizer_of(base) for base in self.bases]
         self.sizes = [q.shape(base)[0] for q, base in zip(self.quantizers, self.bases, strict=True)]
-        self.scales, self.drops = [p.scaling for p in parts], [p.dropout if p.a is not None else 0.0 for p in parts]
+        self.drops = [p.dropout if p.a is not None else 0.0 for p in parts]
+        self.scales = [p.scaling * drop_factor(rows, p.dropout) for p in parts]
         self.ranks = [0 if part.a is None else len(part.a) for part in parts]
         self.spans, self.rows = _spans(self.ranks), _spans(self.sizes)
         updated = {scale for scale, rank in zip(self.scales, self.ranks, strict=True) if rank}
@@ -207,10 +209,10 @@ class Group:
         if not any(self.drops):
             return Made(thin_product(x, a.t()))
         masks, parts = [], []
-        for span, drop in zip(self.spans, self.drops, strict=True):
+        for span, probability in zip(self.spans, self.drops, strict=True):
             inner = x
-            if drop:
-                inner, mask = torch.native_dropout(x, drop, True)
+            if probability:
+                inner, mask = drop(x, probability)
                 masks.append(mask)
             if span.start < span.stop:
                 parts.append(thin_product(inner, a[span].t()))
@@ -266,9 +268,9 @@ class Group:
         a: Any = factors[0]
         if not masks:
             return found.addmm_(thin, a)
-        for span, drop, mask in self._masked(masks):
+        for span, probability, mask in self._masked(masks):
             through = thin[:, span] @ a[span]
-            found.add_(through if mask is None else _dropped(through, mask, drop))
+            found.add_(through if mask is None else drop_again(through, mask, probability))
         return found
 
     def factor_gradients(
@@ -291,11 +293,11 @@ class Group:
             self._b_gradients(gradients, made.narrow, wants, found)
         if thin is not None and x is not None and any(wants[0::3]):
             whole = None if made.masks else thin.t() @ x
-            for i, (span, drop, mask) in enumerate(self._masked(made.masks)):
+            for i, (span, probability, mask) in enumerate(self._masked(made.masks)):
                 if wants[3 * i] and whole is not None:
                     found[3 * i] = whole[span]
                 elif wants[3 * i]:
-                    found[3 * i] = thin[:, span].t() @ (x if mask is None else _dropped(x, mask, drop))
+                    found[3 * i] = thin[:, span].t() @ (x if mask is None else drop_again(x, mask, probability))
         return _like(found, tensors)
 
     def _b_gradients(
@@ -313,8 +315,8 @@ class Group:
     def _masked(self, masks: Sequence[Tensor]) -> Iterator[tuple[slice, float, Tensor | None]]:
         """Yield the columns of each linear in a thin product, its probability and its mask."""
         left = iter(masks)
-        for span, drop in zip(self.spans, self.drops, strict=True):
-            yield span, drop, next(left, None) if drop else None
+        for span, probability in zip(self.spans, self.drops, strict=True):
+            yield span, probability, next(left, None) if probability else None
 
 
 def _like(found: list[Tensor | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -330,11 +332,6 @@ def _like(found: list[Tensor | None], tensors: Sequence[Tensor | None]) -> list[
         for i, target in zip(places, targets, strict=True):
             found[i] = target
     return found
-
-
-def _dropped(x: Tensor, mask: Tensor, probability: float) -> Tensor:
-    result: Tensor = torch.ops.aten.native_dropout_backward(x, mask, 1.0 / (1.0 - probability))
-    return result
 
 
 def _plus(start: Tensor | None, narrow: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from budwood.model.device import device_type
+from budwood.model.ops.dropout import drop, drop_again, drop_factor
 from budwood.model.quantizers import quantizer_of
 
 
@@ -152,7 +153,8 @@ class LowRankLinear(torch.autograd.Function):
             if a is not None and b is not None:
                 inner = rows
                 if dropout > 0.0:
-                    inner, mask = torch.native_dropout(rows, dropout, True)
+                    inner, mask = drop(rows, dropout)
+                    scaling *= drop_factor(rows, dropout)
                 a, b = a.to(dtype), b.to(dtype)  # saved for the backward: small, and saves a GPU kernel launch
                 narrow = thin_product(inner, a.t())
                 y.addmm_(narrow, b.t(), alpha=scaling)
@@ -172,7 +174,6 @@ class LowRankLinear(torch.autograd.Function):
         wants_x, _, wants_a, wants_b, wants_bias, *_ = ctx.needs_input_grad
         grad_x = grad_a = grad_b = grad_bias = None
         x_dtype, a_dtype, b_dtype, bias_dtype = ctx.dtypes
-        keep = 1.0 / (1.0 - ctx.dropout) if mask is not None else 1.0
         with torch.autocast(gradients[0].device.type, enabled=False):
             gradient = gradients[0].reshape(-1, gradients[0].shape[-1]).to(ctx.dtype)
             if wants_bias:
@@ -183,15 +184,14 @@ class LowRankLinear(torch.autograd.Function):
             if wants_b:
                 grad_b = thin_product(gradient.t(), narrow, ctx.scaling).to(b_dtype)
             if wants_a and grad_narrow is not None:
-                inner = rows if mask is None else torch.ops.aten.native_dropout_backward(rows, mask, keep)
+                inner = rows if mask is None else drop_again(rows, mask, ctx.dropout)
                 grad_a = (grad_narrow.t() @ inner).to(a_dtype)
             if wants_x:
                 grad_x = gradient @ ctx.quantizer.dequantize(ctx.base, ctx.dtype)
                 if grad_narrow is not None and mask is None:
                     grad_x.addmm_(grad_narrow, a)
                 elif grad_narrow is not None:
-                    through = grad_narrow @ a
-                    grad_x.add_(torch.ops.aten.native_dropout_backward(through, mask, keep))
+                    grad_x.add_(drop_again(grad_narrow @ a, mask, ctx.dropout))
                 grad_x = grad_x.view(ctx.shape).to(x_dtype)
         return grad_x, None, grad_a, grad_b, grad_bias, None, None
 

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from budwood.model.ops.dropout import draw_quickly
 from budwood.model.ops.linear import frozen_linear, low_rank_linear, mixed_low_rank_linear
 
 IN, OUT, RANK, SCALING = 64, 96, 4, 0.5
@@ -260,6 +261,7 @@ def test_dropout_uses_torchs_generator_and_is_equal_in_recomputation() -> None:
             assert torch.equal(first, second)
 
     layer = peft_layer(base, leaves[1], leaves[2], dropout=0.5).train()
+    draw_quickly(layer)
     torch.manual_seed(7)
     factors_of_peft = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
     theirs = run(lambda x, a, b: layer(x), leaves[0], *factors_of_peft)
