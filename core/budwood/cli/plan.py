@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -76,6 +77,7 @@ def plan(
     from budwood.cli.streams import Output
     from budwood.errors import BudwoodError, InputError, ResourceError
     from budwood.planning.early import look
+    from budwood.planning.waiting import PlanningProcess, saves_time
     from budwood.untrusted.redaction import shorten
 
     if composition and any(given is not None for given in (device, tokens, fits, processes)):
@@ -98,35 +100,38 @@ def plan(
         echo("note: --tokens 2048 plans without data, for micro-batches of so many tokens", err=True)
     if early.problems.texts:
         refuse(early, as_json, early.as_dict())
-    with uncollected():
-        from budwood.planning.composition import plan as make_plan
-        from budwood.planning.composition import show_plan
-        from budwood.planning.devices import parse_link
-        from budwood.planning.fit import allowed, fit
-        from budwood.planning.frontier import draw, fit_device, free_path, show_fit, write_recipe
-        from budwood.planning.process import estimate_in_process, find_device, shared_device
-        from budwood.planning.table import show_estimate
+    with PlanningProcess() if fits is None and not composition and saves_time() else nullcontext() as waiting:
+        with uncollected():
+            from budwood.planning.composition import plan as make_plan
+            from budwood.planning.composition import show_plan
+            from budwood.planning.devices import parse_link
+            from budwood.planning.fit import allowed, fit
+            from budwood.planning.frontier import draw, fit_device, free_path, show_fit, write_recipe
+            from budwood.planning.process import estimate_in_process, find_device, shared_device
+            from budwood.planning.table import show_estimate
 
-    permitted, bandwidth = allowed(allow), None if link is None else parse_link(link)
-    chosen = fit_device(fits) if fits is not None else None if device is None else find_device(device)
-    run_plan = make_plan(recipe, overrides, allow_code, without_data=tokens is not None)
-    error: BudwoodError | None = None
-    found = None
-    if not composition and not run_plan.problems:
-        try:
-            chosen = chosen or find_device(run_plan.recipe.base.device)
-            chosen = shared_device(chosen, processes or 1, bandwidth)
-            if fits is not None:
-                found = fit(
-                    run_plan.recipe, lambda recipe: estimate_in_process(
-                        recipe, chosen, tokens, keep=True, processes=processes or 1,
-                    ), permitted, sized=tokens is None,
-                )  # fmt: skip
-                run_plan.estimate = (found.chosen or found.candidates[-1]).estimate
-            else:
-                run_plan.estimate = estimate_in_process(run_plan.recipe, chosen, tokens, processes=processes or 1)
-        except BudwoodError as failure:  # the composition is shown all the same
-            error = failure
+        permitted, bandwidth = allowed(allow), None if link is None else parse_link(link)
+        chosen = fit_device(fits) if fits is not None else None if device is None else find_device(device)
+        run_plan = make_plan(recipe, overrides, allow_code, without_data=tokens is not None)
+        error: BudwoodError | None = None
+        found = None
+        if not composition and not run_plan.problems:
+            try:
+                chosen = chosen or find_device(run_plan.recipe.base.device)
+                chosen = shared_device(chosen, processes or 1, bandwidth)
+                if fits is not None:
+                    found = fit(
+                        run_plan.recipe, lambda recipe: estimate_in_process(
+                            recipe, chosen, tokens, keep=True, processes=processes or 1,
+                        ), permitted, sized=tokens is None,
+                    )  # fmt: skip
+                    run_plan.estimate = (found.chosen or found.candidates[-1]).estimate
+                else:
+                    run_plan.estimate = estimate_in_process(
+                        run_plan.recipe, chosen, tokens, processes=processes or 1, waiting=waiting
+                    )
+            except BudwoodError as failure:  # the composition is shown all the same
+                error = failure
     files: list[Path] = []
     if found is not None and len(found.candidates) > 1:
         files.append(free_path(write or recipe, ".png"))

@@ -9,7 +9,6 @@ import gc
 import hashlib
 import json
 import os
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -22,28 +21,29 @@ import torch
 from budwood import errors
 from budwood.contract.discovery import PluginError
 from budwood.data.sources import locate
-from budwood.errors import BudwoodError, ResourceError, describe
+from budwood.errors import BudwoodError, describe
 from budwood.model.checkpoint import one_revision, read_config, resolve
 from budwood.model.quiet import silence_libraries
 from budwood.planning.devices import Device, find_device
 from budwood.planning.estimate import Estimate, estimate
+from budwood.planning.waiting import PlanningProcess
 from budwood.recipe.schema import Recipe
 from budwood.training import compilation
 from budwood.training.recompute import check_device
 
-LIMIT = 600
-"""Seconds after which the process is ended."""
 KEPT = 50
 """Estimates kept in the cache."""
 
 
 def estimate_in_process(
-    recipe: Recipe, device: Device, tokens: int | None = None, keep: bool = False, processes: int = 1
-) -> Estimate:
+    recipe: Recipe, device: Device, tokens: int | None = None, keep: bool = False, processes: int = 1,
+    waiting: PlanningProcess | None = None,
+) -> Estimate:  # fmt: skip
     """Return `estimate(recipe, device, tokens, processes)`, computed in another process.
 
     Args:
         keep: use an estimate of the same recipe, data, base, device and versions from the cache, and keep this one.
+        waiting: the process to ask, which is ended; None: it is started here.
 
     Raises:
         BudwoodError: as `estimate`; a ResourceError if the process fails or takes too long.
@@ -65,7 +65,7 @@ def estimate_in_process(
         "recipe": plain, "allow_code": recipe.allows_code, "device": _packed(device), "tokens": tokens,
         "processes": processes, "path": [entry for entry in sys.path if entry],
     }  # fmt: skip
-    values = _run(request)
+    values = _run(request, waiting)
     if path is not None:
         _write(path, values)
     return Estimate.from_dict(values, given)
@@ -95,21 +95,9 @@ def _rounded(memory: int) -> int:
     return memory // unit * unit
 
 
-def _run(request: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-P", "-c", "from budwood.planning.process import main; main()"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(request["path"])}
-    try:
-        done = subprocess.run(
-            command, input=json.dumps(request), capture_output=True, text=True, timeout=LIMIT, env=environment
-        )
-    except subprocess.TimeoutExpired:
-        text = f"plan: not finished after {LIMIT} seconds: plan with fewer tokens, or a smaller base."
-        raise ResourceError(text) from None
-    try:
-        answer: dict[str, Any] = json.loads(done.stdout)
-    except ValueError:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise ResourceError(f"plan: its process ended with code {done.returncode}: {last}") from None
+def _run(request: dict[str, Any], waiting: PlanningProcess | None) -> dict[str, Any]:
+    with waiting or PlanningProcess() as process:
+        answer = process.ask(request)
     if "error" in answer:
         kind = PluginError if answer["class"] == "PluginError" else getattr(errors, answer["class"], BudwoodError)
         raise kind(answer["error"])
@@ -125,6 +113,7 @@ def main() -> None:
     answer: dict[str, Any]
     try:
         request = json.load(sys.stdin)
+        sys.path += [entry for entry in request["path"] if entry not in sys.path]
         recipe = Recipe.from_dict(request["recipe"]).allowing_code(request["allow_code"])
         with one_revision(recipe.base.model, recipe.base.revision):
             answer = estimate(recipe, _unpacked(request["device"]), request["tokens"], request["processes"]).as_dict()

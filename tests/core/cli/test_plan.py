@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from budwood.cli import app as cli
+from budwood.planning import waiting
 
 
 @pytest.fixture(autouse=True)
@@ -52,16 +53,22 @@ def test_the_plan_is_printed_as_json(recipe, capsys):
     assert [call["name"] for call in backward["calls"]] == ["core"]
 
 
-def test_memory_time_and_disk_of_a_card_without_data(recipe, capsys):
-    """In a process of its own; the data is not there yet."""
+def test_memory_time_and_disk_of_a_card_without_data(recipe, capsys, monkeypatch):
+    """In a process that is started ahead, as by a command; the data is not there yet."""
+    started = []
+    begin = waiting.PlanningProcess.__init__
+    monkeypatch.setattr(waiting, "saves_time", lambda: True)
+    monkeypatch.setattr(waiting.PlanningProcess, "__init__", lambda self: started.append(self) or begin(self))
     Path("train.jsonl").unlink()
     Path("hqq").mkdir()  # a folder beside the recipe is no library
     arguments = ["plan", recipe, "--json", "--device", "4060 Ti"]
     assert cli.run(arguments) == 2
     assert "no such file: train.jsonl" in capsys.readouterr().err
+    assert started == []
     arguments += ["--tokens", "1024", "--processes", "2", "--parallel", "shard", "--link", "8Gbit/s"]
     assert cli.run([*arguments, "-o", "train.steps=3", "-o", "base.quantization=nf4"]) == 0
     printed = json.loads(capsys.readouterr().out)
+    assert [process._process.poll() for process in started] == [0]
     memory, step = printed["memory"], printed["step"]
     assert memory["peak_bytes"] == sum(memory["parts"].values()) and memory["where"]
     assert {"base, quantised", "activations", "CUDA's context"} <= memory["parts"].keys()
