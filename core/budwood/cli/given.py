@@ -22,8 +22,10 @@ def read_given(given: Path, base: str | None, overrides: Sequence[str]) -> Recip
     """
     from budwood.data.files import is_hub_name
     from budwood.errors import InputError
+    from budwood.recipe.file import refuse_run
     from budwood.recipe.schema import default_recipe, load_recipe
 
+    refuse_run(given)
     suffix = given.suffix.lower()
     is_data = suffix in DATA_SUFFIXES or given.is_dir() or is_hub_name(str(given))
     if base is not None:  # a file of another type is data, too, and what is wrong with it is said later

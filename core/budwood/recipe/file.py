@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from pydantic import BaseModel
@@ -64,6 +65,7 @@ def read_recipe_file(path: Path) -> tuple[dict[str, Any], SourceMap]:
     Raises:
         InputError: the file is missing, unreadable, empty, not UTF-8, not YAML (or JSON), or not a mapping.
     """
+    refuse_run(path)
     text = _read_text(path)
     source_map = SourceMap(str(path))
     data = _parse(text, str(path), source_map, is_json=path.suffix.lower() == ".json")
@@ -72,6 +74,20 @@ def read_recipe_file(path: Path) -> tuple[dict[str, Any], SourceMap]:
     if not isinstance(data, dict):
         raise InputError(f"{path}:1: is not a recipe: the top level must be a mapping (base, data, strategies).")
     return data, source_map
+
+
+def refuse_run(path: Path) -> None:
+    """Refuse the folder of a run where a recipe or data is due.
+
+    Raises:
+        InputError: it names the run's recipe.
+    """
+    recipe = path / "recipe.yaml"
+    if recipe.is_file() and (path / "manifest.json").is_file():
+        raise InputError(
+            f"{path}: is the folder of a run. Its recipe is {recipe}, and `budwood tune {quote(str(recipe))} --resume` "
+            "goes on with the run."
+        )
 
 
 def normalise_strategies(data: dict[str, Any], source_map: SourceMap) -> list[str]:

@@ -273,6 +273,15 @@ def test_the_data_command_takes_data_and_a_base(
     assert run(["data", str(tmp_path / "*.jsonl"), "--base", str(tiny_base)]) == 0
     assert run(["data", str(path)]) == 2
     assert "a.jsonl is a data file: name the base model with --base DIR" in capsys.readouterr().err
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    for name in ("manifest.json", "recipe.yaml"):
+        (folder / name).write_text("{}")
+    for arguments in (["data"], ["data", "--base", str(tiny_base)], ["tune"], ["tune", "--resume"], ["plan"]):
+        assert run([*arguments, str(folder)]) == 2
+        problem = capsys.readouterr().err
+        assert problem.startswith(f"error: {folder}: is the folder of a run. Its recipe is {folder}/recipe.yaml, and ")
+        assert f"`budwood tune '{folder}/recipe.yaml' --resume` goes on" in problem
     listed = tmp_path / "a.json"
     listed.write_text(json.dumps(rows_of("a", 3)))
     assert run(["data", str(listed), "--base", str(tiny_base)]) == 0
