@@ -45,7 +45,8 @@ PROCESSES := tests/core/training/test_on_policy.py tests/core/training/test_step
 
 # Files whose bounds come from arithmetic; both settings choose other kernels in torch, oneDNN and MKL. On a processor
 # with AMX, torch asks oneDNN whether its attention may use it, whatever its own setting says.
-NUMERICAL := tests/core/model tests/core/adapters/test_pool.py tests/core/adapters/test_verify.py tests/core/serving/test_engine.py \
+NUMERICAL := tests/core/model tests/core/adapters/test_pool.py tests/core/adapters/test_verify.py \
+	tests/core/serving/test_engine_adapters.py tests/core/serving/test_engine_requests.py \
 	tests/core/training/test_sequence_terms.py tests/core/training/test_step_terms.py tests/core/training/test_step.py \
 	tests/plugins/preference/test_equations.py tests/plugins/grpo/test_losses.py \
 	tests/plugins/regularisation tests/plugins/test_together.py tests/plugins/adalora/test_run.py \

@@ -112,3 +112,18 @@ def scale(tmp_path: Path, distribution: Callable[..., Path]) -> Path:
     distribution("budwood-scale", SCALE, {"scale": "Scale"})
     vectors = {f"model.layers.{layer}.self_attn.v_proj": torch.linspace(-2, 3, 32) for layer in range(2)}
     return write(tmp_path / "scale", {"peft_type": "SCALE"}, vectors)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Adapters of every first-party method and kind."""
+    root = tmp_path_factory.mktemp("adapters")
+    return {
+        "lora": make_adapter(root / "lora", 1),
+        "wide": make_adapter(root / "wide", 2, rank=24, use_rslora=True, names=("self_attn.q_proj", "mlp.up_proj")),
+        "twin": make_adapter(root / "twin", 3),
+        "dora": make_adapter(root / "dora", 4, use_dora=True),
+        "adalora": make_adalora(root / "adalora", 5),
+        "head": make_adapter(root / "head", 6, modules_to_save=["lm_head"]),
+        "rows": make_adapter(root / "rows", 7, trainable_token_indices=[5, 40, 99]),
+    }

@@ -1,4 +1,4 @@
-"""PEFT's methods with the options of the tests, and adapters of each that stock PEFT makes.
+"""PEFT's methods with the options of the tests, adapters of each that stock PEFT makes, and recipes for runs.
 
 As a module, it runs the tests of all methods and writes a page.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from xml.etree import ElementTree
 
 import peft
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from budwood.contract.loading import load_strategy
@@ -71,6 +73,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("glora", {"weight": "vector", "coupling": "none"}),
 ]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
+CLOSE = {"atol": 2e-5, "rtol": 2e-5}
+"""Stock PEFT and Budwood compute in fp32, with a few sums in another order; logits are of the order of 1."""
 
 
 def load(base: Path, quantization: str | None = None) -> Any:
@@ -116,6 +121,28 @@ def put_stock(model: Any, method: str, options: dict[str, Any], **changes: Any) 
                 size = 3.0 if "spectrum" in name or "c3a" in name else 0.1
                 parameter.add_(torch.randn_like(parameter) * size)
     return stock.eval()
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the config and the tensors of an adapter's files."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return config, load_file(folder / "adapter_model.safetensors")
+
+
+def recipe_of(base: Path, folder: Path, strategy: Any, **sections: Any) -> dict[str, Any]:
+    """Return a recipe of two steps with one strategy, whose rows are written to the folder."""
+    rows = [{"prompt": f"{word} {word[::-1]}:", "completion": word} for word in ("one", "two", "three", "four")]
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = {"steps": 2, "batch_examples": 4, "micro_tokens": 256, "learning_rate": 1e-2, "precision": "fp32"}
+    recipe = {
+        "base": {"model": str(base), "quantization": "none", "device": "cpu"},
+        "data": {"train": str(folder / "rows.jsonl"), "max_length": 64},
+        "strategies": [strategy],
+        "train": {**train, "warmup": 0, "schedule": "constant", "eval_generate": 0},
+        "output": str(folder / "run"),
+    }
+    return {**recipe, **sections}
 
 
 PAGE = Path(__file__).parents[3] / "docs" / "methods.md"
@@ -199,7 +226,7 @@ def outcomes() -> tuple[dict[tuple[str, str], bool], bool]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", TESTS, STARTS, PACKAGES, f"--junit-xml={report}", "--deselect"]
-        command += [f"{TESTS}/test_methods.py::test_the_page_of_methods_is_up_to_date"]
+        command += [f"{TESTS}/test_methods_in_runs.py::test_the_page_of_methods_is_up_to_date"]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", EVERYTHING: "all"}
         workers = ["-n", "auto", "--maxprocesses", "4"]
         subprocess.run([*command, *workers], cwd=PAGE.parents[1], env=environment, stdout=sys.stderr, check=False)

@@ -1,10 +1,8 @@
-"""PEFT's methods against stock PEFT: forward, gradients, file, quantised bases, mixed batches, continuation."""
+"""PEFT's methods against stock PEFT: forward, gradients, file, quantised bases, mixed batches, merges."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,38 +13,25 @@ import peft
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from tests.conftest import make_tokenizer
-from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from budwood.adapters.use import use_adapters
 from budwood.cli import app
-from budwood.contract.loading import build_strategy, load_strategy
+from budwood.contract.loading import build_strategy
 from budwood.errors import CorruptError, InputError
 from budwood.model.text_tasks import CausalLM
-from budwood.recipe.schema import Recipe
 from budwood.serving.pool import AdapterPool
-from budwood.serving.verify import verify
-from budwood.training import setup
-from budwood.training.loop import tune
 from budwood_peft_methods import layers
 
-from .methods import EVERYTHING, METHODS, PAGE, VARIANTS, cells, config_of, load, page, put_stock
+from .methods import CLOSE, METHODS, PROMPTS, VARIANTS, config_of, load, put_stock, read, recipe_of
 
 IDS = torch.arange(5, 25)[None]
-PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
-CLOSE = {"atol": 2e-5, "rtol": 2e-5}
-"""Both compute in fp32, with a few sums in another order; logits are of the order of 1."""
-
-TRAINED = list(METHODS)
-if not os.environ.get(EVERYTHING):  # one of each kind of layer, start and file; `make combinations` trains all
-    TRAINED = ["ia3", "vera", "boft", "shira", "hira", "ln_tuning", "trainable_tokens", "vblora", "tinylora", "glora"]
 IN_OUT = [
     *("ia3", "vera", "fourierft", "randlora", "gralora", "ln_tuning", "trainable_tokens"),
     *("vblora", "waveft", "tinylora"),
 ]
 """Methods that PEFT has for linears that store [in, out]."""
-
 RUN = {
     "recipe": SimpleNamespace(base=SimpleNamespace(task="causal-lm", model="tiny")),
     "task": SimpleNamespace(peft_task_type="CAUSAL_LM"),
@@ -54,11 +39,6 @@ RUN = {
     "planning": False,
 }
 """What the strategies read of a run."""
-
-
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    config = json.loads((folder / "adapter_config.json").read_text())
-    return config, load_file(folder / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +202,33 @@ def test_positions_outside_of_a_weight_are_refused(tiny_base: Path, tmp_path: Pa
                 getattr(build_strategy(method, {}, "test"), hook)(**given)
 
 
+@pytest.mark.parametrize(
+    ("method", "changes", "error", "message"),
+    [
+        ("oft", {"coft": True}, InputError, "'coft: true' is not supported"),
+        ("boft", {"boft_n_butterfly_factor": 2}, InputError, "'boft_n_butterfly_factor: 2' is not supported"),
+        ("vera", {"bias": "vera_only"}, InputError, "'bias: \"vera_only\"' is not supported by vera"),
+        ("loha", {"r": 4}, CorruptError, "config and base require"),
+        ("loha", {"r": "4"}, CorruptError, "adapter_config.json: r: "),
+        ("lokr", {"new_field": 1}, InputError, "'new_field: 1' is not a field of PEFT"),
+        ("ia3", {"target_modules": ["nowhere"]}, CorruptError, "the model has none of"),
+        ("trainable_tokens", {"token_indices": [-1]}, CorruptError, "token_indices: must be a list of token ids"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused_and_leave_the_model_unchanged(
+    tiny_base: Path, tmp_path: Path, method: str, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    put_stock(load(tiny_base), method, METHODS[method]).save_pretrained(tmp_path)
+    config, tensors = read(tmp_path)
+    model = load(tiny_base)
+    modules = [(path, id(module)) for path, module in model.named_modules()]
+    strategy = build_strategy(method, {}, "test")
+    for hook in (strategy.live_adapter, lambda **given: strategy.attach_adapter(**given, name="a")):
+        with pytest.raises(error, match=re.escape(message)):
+            hook(model=model, config={**config, **changes}, tensors=dict(tensors))
+        assert [(path, id(module)) for path, module in model.named_modules()] == modules
+
+
 @pytest.fixture(scope="module")
 def lora(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lora")
@@ -294,44 +301,6 @@ def test_merging_gives_the_logits_of_the_adapter(tiny_base: Path, tmp_path: Path
     assert [type(module) for module in pool.model.modules()] == modules
 
 
-def recipe_of(base: Path, folder: Path, strategy: Any, **sections: Any) -> dict[str, Any]:
-    rows = [{"prompt": f"{word} {word[::-1]}:", "completion": word} for word in ("one", "two", "three", "four")]
-    folder.mkdir(exist_ok=True)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train = {"steps": 2, "batch_examples": 4, "micro_tokens": 256, "learning_rate": 1e-2, "precision": "fp32"}
-    recipe = {
-        "base": {"model": str(base), "quantization": "none", "device": "cpu"},
-        "data": {"train": str(folder / "rows.jsonl"), "max_length": 64},
-        "strategies": [strategy],
-        "train": {**train, "warmup": 0, "schedule": "constant", "eval_generate": 0},
-        "output": str(folder / "run"),
-    }
-    return {**recipe, **sections}
-
-
-@pytest.mark.parametrize("method", TRAINED)
-def test_a_run_continues_an_adapter_of_stock_peft_on_packed_rows(tiny_base: Path, tmp_path: Path, method: str) -> None:
-    put_stock(load(tiny_base), method, METHODS[method]).save_pretrained(tmp_path / "stock")
-    run = tune(Recipe.from_dict(recipe_of(tiny_base, tmp_path, method, adapter=str(tmp_path / "stock"))), quiet=True)
-    assert run.packed
-    before, after = read(tmp_path / "stock"), read(run.directory / "adapter")
-    assert before[1].keys() == after[1].keys()
-    frozen = {key for key, value in before[1].items() if value.equal(after[1][key])}
-    fixed = ("vera_A", "vera_B", "randlora_", "indices", "w_norm", "tinylora_A", "tinylora_B", "tinylora_P", "zeros")
-    assert all(any(name in key for name in fixed) for key in frozen)
-    ends = tuple(before[0].pop("target_modules"))
-    assert all(name.endswith(ends) for name in after[0].pop("target_modules"))
-    differing = {key for key, value in before[0].items() if value != after[0][key]}
-    assert differing <= {"base_model_name_or_path", "feedforward_modules"}
-    on = torch.tensor([[5, 6, 7]])
-    again = PeftModel.from_pretrained(load(tiny_base), run.directory / "adapter").eval()
-    pool = AdapterPool(str(tiny_base), precision="fp32", device="cpu")
-    pool.load("own", run.directory / "adapter")
-    pool.use("own")
-    with torch.no_grad():
-        torch.testing.assert_close(pool.logits(on.tolist()), again(on).logits[:, -1], **CLOSE)
-
-
 @pytest.mark.parametrize("method", IN_OUT)
 def test_on_linears_that_store_in_out_it_is_that_of_stock_peft(gpt2: Path, tmp_path: Path, method: str) -> None:
     options = {"feedforward": ["mlp.c_proj"]} if method == "ia3" else METHODS[method]
@@ -384,185 +353,3 @@ def test_lora_beside_a_method_changes_neither(tiny_base: Path, tmp_path: Path, l
     other.detach_adapter(model=model, name="other")
     use_adapters(strategy, model, ["default"])
     assert logits(model).equal(own)
-
-
-@pytest.mark.parametrize("strategy", [{"loha": {"rank": 2, "rank_dropout": 0.3}}, {"oft": {"block_size": 8}}, "hra"])
-def test_recomputed_activations_give_the_same_adapter(tiny_base: Path, tmp_path: Path, strategy: Any) -> None:
-    trained = []
-    for again in (False, True):
-        recipe = recipe_of(tiny_base, tmp_path / str(again), strategy)
-        recipe["train"]["gradient_checkpointing"] = again
-        trained.append(tune(Recipe.from_dict(recipe), quiet=True).trainable)
-    for first, second in zip(*trained, strict=True):
-        torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("method", TRAINED)
-def test_in_bf16_master_weights_are_fp32_and_the_adapter_is_served_as_it_was_trained(
-    tiny_base: Path, tmp_path: Path, method: str
-) -> None:
-    recipe = recipe_of(tiny_base, tmp_path, {method: METHODS[method]})
-    recipe["train"]["precision"] = "bf16"
-    run = tune(Recipe.from_dict(recipe), quiet=True)
-    assert {parameter.dtype for parameter in run.trainable} == {torch.float32}
-    assert all(bool(parameter.isfinite().all()) for parameter in run.trainable)
-    assert verify(run.directory / "adapter", device="cpu").exact
-
-
-@pytest.mark.parametrize("method", ["oft", "ln_tuning"])
-def test_a_classifiers_head_trains_and_is_saved_beside_it(tiny_base: Path, tmp_path: Path, method: str) -> None:
-    recipe = recipe_of(tiny_base, tmp_path, {method: METHODS[method]})
-    rows = [{"text": word, "label": label} for word, label in (("one", "a"), ("two", "b"), ("six", "a"), ("ten", "b"))]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe["base"]["task"] = "sequence-classification"
-    run = tune(Recipe.from_dict(recipe), quiet=True)
-    saved = run.directory / "adapter"
-    assert "base_model.model.score.weight" in read(saved)[1]
-    assert verify(saved, device="cpu").exact
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=2, dtype=torch.float32)
-    again = PeftModel.from_pretrained(model, saved).eval()
-    pool = AdapterPool(
-        str(tiny_base), task="sequence-classification", labels=["a", "b"], precision="fp32", device="cpu"
-    )
-    pool.load("own", saved)
-    pool.use("own")
-    with torch.no_grad():
-        expected = torch.cat([again(torch.tensor([prompt])).logits for prompt in PROMPTS])
-    torch.testing.assert_close(pool.logits(PROMPTS), expected, **CLOSE)
-
-
-def test_trainable_tokens_without_a_place_for_a_head_are_refused(
-    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = recipe_of(tiny_base, tmp_path, {"trainable_tokens": {"tokens": [5]}})
-    (tmp_path / "rows.jsonl").write_text('{"text": "one", "label": "a"}\n{"text": "two", "label": "b"}\n' * 2)
-    recipe["base"]["task"] = "sequence-classification"
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    assert app.run(["tune", str(tmp_path / "recipe.json")]) == 2
-    assert "PEFT's trainable tokens cannot hold 'score', which must train too: use lora" in capsys.readouterr().err
-
-
-def test_trainable_tokens_that_no_example_has_are_refused_before_training(
-    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], forked: None
-) -> None:
-    recipe = recipe_of(tiny_base, tmp_path, {"trainable_tokens": {"tokens": [3, 4]}})
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    assert app.run(["tune", str(tmp_path / "recipe.json")]) == 2
-    said = capsys.readouterr().err
-    assert "tokens: no training example has 3, 4, so nothing would train: name tokens of the data." in said
-    assert "step 1/" not in said
-    assert app.run(["plan", str(tmp_path / "recipe.json"), "--tokens", "64"]) == 0
-
-
-REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
-    ({"loha": {"rnk": 4}}, {}, "rank"),
-    ({"oft": {"dora": True}}, {}, "dora"),
-    ({"hra": {"rank": 3}}, {}, "rank 3 is odd"),
-    ({"oft": {"block_size": 7}}, {}, "block_size 7 does not divide its input size 64; 4 does"),
-    ({"oft": {"blocks": 4}}, {}, "give block_size or blocks"),
-    ({"boft": {"block_size": 0}}, {}, "are both 0"),
-    ({"c3a": {"block_size": 48}}, {}, "block_size 48 does not divide its input size 64; 32 does"),
-    ({"lokr": {"rank": 64}}, {}, "rank 64 is above the size of its factors"),
-    ({"miss": {"rank": 65}}, {}, "rank 65 is above its 64 inputs"),
-    ({"miss": {"rank": 8, "variant": "mini", "mini_rank": 5}}, {}, "multiple of mini_rank 5"),
-    ({"road": {"group_size": 48}}, {}, "group_size 48 does not divide its output size 64; 32 does"),
-    ({"gralora": {"rank": 5}}, {}, "rank 5 is no multiple of blocks 2"),
-    ({"shira": {"rank": 60}}, {}, "rank 60 trains"),
-    ({"vblora": {"vector_length": 24}}, {}, "vector_length 24 does not divide its input size 64; 16 does"),
-    ({"vblora": {"vector_length": 8, "topk": 3}}, {}, "topk 3 is none of 2, 4, 8"),
-    ({"waveft": {"wavelet": "db39"}}, {}, "wavelet 'db39': must be db1"),
-    ({"waveft": {"frequencies": 6000, "proportional": True}}, {}, "frequencies 6000 is above the 5266 elements"),
-    ({"supertuning": {"alpha": 4}}, {}, "alpha is that of a LoRA update: give rank too"),
-    ({"supertuning": {"sparsity": 0.9999}}, {}, "sparsity 0.9999 leaves none of its 4096 weights to train"),
-    ({"tinylora": {"rank": 65}}, {}, "rank 65 is above its 64 singular directions"),
-    ({"peanut": {"activation": "prelu"}}, {}, "activation"),
-    ({"fourierft": {"frequencies": 5000}}, {}, "frequencies 5000 is above its 4096 elements"),
-    ({"ia3": {"feedforward": ["down_prj"]}}, {}, "feedforward: 'down_prj' is none of the targets. Did you mean"),
-    ({"vera": {"targets": ["q_prj"]}}, {}, "no linear module is called 'q_prj'. Did you mean 'q_proj'?"),
-    ({"miss": {"rank": 8, "variant": "bat"}}, {"quantization": "nf4"}, "computes with the base's weight"),
-    ("trainable_tokens", {}, "tokens: name at least one token id"),
-    ({"trainable_tokens": {"tokens": [300]}}, {}, "tokens: 300 is beyond the embeddings, which have 300 rows"),
-    ({"ln_tuning": {"targets": ["q_proj"]}}, {}, "'model.layers.0.self_attn.q_proj' is no norm"),
-    ("delora", {"precision": "fp16"}, "the quotient exceeds the largest number of fp16: use train.precision: bf16"),
-]
-
-
-@pytest.mark.parametrize(
-    ("strategy", "base", "message"), REFUSALS, ids=lambda value: value if isinstance(value, str) else ""
-)
-def test_bad_options_are_refused_before_the_base_loads(
-    tiny_base: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    strategy: Any,
-    base: dict[str, Any],
-    message: str,
-) -> None:
-    monkeypatch.setattr(setup, "load_base", lambda *_: pytest.fail("the base loads"))
-    recipe = recipe_of(tiny_base, tmp_path, strategy)
-    for name, value in base.items():
-        recipe["train" if name == "precision" else "base"][name] = value
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    assert app.run(["tune", str(tmp_path / "recipe.json")]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert message in line
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("method", "changes", "error", "message"),
-    [
-        ("oft", {"coft": True}, InputError, "'coft: true' is not supported"),
-        ("boft", {"boft_n_butterfly_factor": 2}, InputError, "'boft_n_butterfly_factor: 2' is not supported"),
-        ("vera", {"bias": "vera_only"}, InputError, "'bias: \"vera_only\"' is not supported by vera"),
-        ("loha", {"r": 4}, CorruptError, "config and base require"),
-        ("loha", {"r": "4"}, CorruptError, "adapter_config.json: r: "),
-        ("lokr", {"new_field": 1}, InputError, "'new_field: 1' is not a field of PEFT"),
-        ("ia3", {"target_modules": ["nowhere"]}, CorruptError, "the model has none of"),
-        ("trainable_tokens", {"token_indices": [-1]}, CorruptError, "token_indices: must be a list of token ids"),
-    ],
-)
-def test_files_that_do_not_fit_are_refused_and_leave_the_model_unchanged(
-    tiny_base: Path, tmp_path: Path, method: str, changes: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    put_stock(load(tiny_base), method, METHODS[method]).save_pretrained(tmp_path)
-    config, tensors = read(tmp_path)
-    model = load(tiny_base)
-    modules = [(path, id(module)) for path, module in model.named_modules()]
-    strategy = build_strategy(method, {}, "test")
-    for hook in (strategy.live_adapter, lambda **given: strategy.attach_adapter(**given, name="a")):
-        with pytest.raises(error, match=re.escape(message)):
-            hook(model=model, config={**config, **changes}, tensors=dict(tensors))
-        assert [(path, id(module)) for path, module in model.named_modules()] == modules
-
-
-def test_options_are_those_of_pefts_config_classes() -> None:
-    """A field that a new PEFT adds, and a default that it changes, must be looked at here."""
-    selection = {
-        "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "bias",
-        "fan_in_fan_out", *(field.name for field in dataclasses.fields(peft.PeftConfig)),
-    }  # fmt: skip
-    for method in METHODS:
-        cls = load_strategy(method)[0]
-        fields = {field.name: field for field in dataclasses.fields(getattr(peft, cls.peft_config))}
-        if not hasattr(cls.Options, "FIELDS"):
-            assert fields.keys() - selection <= {*cls.FIELDS, "modules_to_save"}, method
-            continue
-        known = {*cls.Options.FIELDS.values(), *cls.Options.INIT, *cls.Options.ONLY, *cls.Options.PATTERNS}
-        assert fields.keys() - selection == known | {*cls.OTHER_FIELDS}, method
-        for option, field in cls.Options.FIELDS.items():
-            ours = cls.Options().fields()[field]
-            assert ours == fields[field].default, f"{method}: {option}"
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_it_has_no_budget_of_ranks_that_training_divides(method: str) -> None:
-    """PEFT's tuners with a budget have a method that divides it, which would have to be called here too."""
-    tuners = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING
-    assert hasattr(tuners["ADALORA"], "update_and_allocate")
-    assert not hasattr(tuners[load_strategy(method)[0].adapter_types[0]], "update_and_allocate")
-
-
-def test_the_page_of_methods_is_up_to_date() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(dict.fromkeys(cells(), True)), "run `make combinations`"
