@@ -9,20 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from tests.core.serving.conftest import make_adapter
+from tests.core.serving.engines import open_engine
 
 from budwood import InputError
 from budwood.errors import BudwoodError
-from budwood.model.base import load_base
 from budwood.serving import forward, kv, scheduler
 from budwood.serving.engine import Engine
 from budwood.serving.requests import Answer, Sampling
 
 LONG = [1, *((7 * i + 3) % 290 + 5 for i in range(90))]
 PROMPTS = [LONG, [1, 40, 50, 60, 70], LONG[:30], [9], LONG[:70], [1, 99, 7]]
-
-
-def open_engine(base: Path, **options) -> Engine:
-    return Engine(load_base(base, "none", "AutoModelForCausalLM", torch.float32), **options)
 
 
 @pytest.fixture(scope="module")

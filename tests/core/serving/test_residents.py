@@ -7,20 +7,15 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
 from tests.core.serving.conftest import make_adapter
+from tests.core.serving.engines import open_engine
 
 from budwood import AdapterPool, InputError
 from budwood.errors import BudwoodError, CorruptError, ResourceError
-from budwood.model.base import load_base
 from budwood.serving.engine import Engine
 from budwood.serving.requests import Sampling
 
 PROMPT = [1, 40, 50, 60, 70]
-
-
-def open_engine(base: Path, **options) -> Engine:
-    return Engine(load_base(base, "none", "AutoModelForCausalLM", torch.float32), **options)
 
 
 @pytest.fixture(scope="module")
