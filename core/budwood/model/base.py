@@ -29,7 +29,7 @@ from budwood.model.heads import body_of, name_body
 from budwood.model.machine import pick_device_precision
 from budwood.model.quantizers import claim, is_quantized, linear_shape, quantizer_of
 from budwood.model.quantizers.experts import quantized_experts
-from budwood.model.quantizers.stored import loading_config
+from budwood.model.quantizers.stored import check_linears, loading_config
 from budwood.model.quiet import import_bitsandbytes, silence_libraries
 from budwood.model.sharding import sharded_as_read, shards_of
 from budwood.model.stated_sizes import wrong_shapes
@@ -167,6 +167,7 @@ def load_base(
     if info.prequantized and quantizer.own_modules:
         config.quantization_config = loading_config(quantizer, info.config["quantization_config"], tensors)
     elif info.prequantized:
+        check_linears(frame, quantizer, info.config["quantization_config"], tensors)
         with attribute_errors(quantizer, "stored_config"):
             config.quantization_config = quantizer.stored_config(info.config["quantization_config"], dtype)
     else:

@@ -108,7 +108,7 @@ def check_quantized(model: Any, recipe: Recipe) -> None:
         InputError, CorruptError: they contradict the configuration.
     """
     from budwood.model.experts import mark_quantized  # imports torch, as the next does
-    from budwood.model.quantizers.stored import packed_linears
+    from budwood.model.quantizers.stored import check_linears, packed_linears
 
     info = check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code)
     quantizer = find_quantizer(info.quantization)
@@ -116,8 +116,9 @@ def check_quantized(model: Any, recipe: Recipe) -> None:
         body = f"{model.base_model_prefix}." if model.get_output_embeddings() is None else ""
         check_sizes(recipe.base.model, model, read_tensors(info.path), body if model.base_model is not model else "")
     mark_quantized(model, quantizer)
-    if info.prequantized and quantizer.own_modules and any(info.path.glob("*.safetensors")):
-        packed_linears(model, quantizer, info.config["quantization_config"], read_tensors(info.path))
+    if info.prequantized and any(info.path.glob("*.safetensors")):
+        check = packed_linears if quantizer.own_modules else check_linears
+        check(model, quantizer, info.config["quantization_config"], read_tensors(info.path))
 
 
 def embeddings_wanted(recipe: Recipe, tokenizer: Any) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from budwood.errors import ResourceError
 from budwood.model.quantizers.protocol import Quantizer, Unquantized
+from budwood.model.quantizers.saved import check_eight_bit, check_four_bit
 from budwood.model.quiet import hide_hub_kernels
 from budwood.parallel.sharding import whole
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from budwood.model.quantizers.experts import ExpertLinear
+    from budwood.untrusted.formats import TensorInfo
 
 BLOCK, NESTED_BLOCK = 64, 256
 """Weights that share a scale, and scales that share one if they are quantised too: transformers' defaults."""
@@ -63,6 +65,11 @@ class Int8(_BitsAndBytes):
 
     def reads(self, config: Mapping[str, Any]) -> bool:
         return _is_ours(config) and bool(config.get("load_in_8bit"))
+
+    def check_saved(
+        self, path: str, shape: tuple[int, int], config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+    ) -> None:
+        check_eight_bit(path, shape, tensors)
 
     def after_load(self, model: nn.Module, skip: list[str]) -> None:
         guard_autocast(model)
@@ -142,6 +149,11 @@ class _FourBit(_BitsAndBytes):
     def reads(self, config: Mapping[str, Any]) -> bool:
         eight = config.get("load_in_8bit")
         return _is_ours(config) and not eight and config.get("bnb_4bit_quant_type", "fp4") == self.kind
+
+    def check_saved(
+        self, path: str, shape: tuple[int, int], config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+    ) -> None:
+        check_four_bit(path, shape, self.kind, tensors)
 
     def stored_config(self, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         from budwood.model.quantizers.cpu_kernel import install

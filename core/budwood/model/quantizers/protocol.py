@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from budwood.model.quantizers.experts import ExpertLinear
+    from budwood.untrusted.formats import TensorInfo
 
 
 class Quantizer(Plugin):
@@ -73,6 +74,21 @@ class Quantizer(Plugin):
 
         Raises:
             InputError: they cannot; the message names the reason and the remedy.
+        """
+
+    def check_saved(
+        self, path: str, shape: tuple[int, int], config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+    ) -> None:
+        """Check the tensors of a linear in a checkpoint that another library loads, before weights are read.
+
+        Args:
+            path: the name of the linear in the checkpoint.
+            shape: its numbers of outputs and inputs.
+            config: the checkpoint's `quantization_config`.
+            tensors: the tensors of this linear, "weight" among them, by their names in it, such as "weight.absmax".
+
+        Raises:
+            InputError, CorruptError: they contradict the configuration or each other.
         """
 
     def stored_config(self, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -80,6 +80,37 @@ def packed_linears(
     return found
 
 
+def check_linears(
+    model: Any, quantizer: Quantizer, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> None:
+    """Check each linear of a checkpoint that transformers loads for a quantiser; arguments as for `packed_linears`.
+
+    Raises:
+        BudwoodError: see `Quantizer.check_saved`.
+    """
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = getattr(model, "_keep_in_fp32_modules", None)
+    left = HfQuantizer.get_modules_to_not_convert(model, config.get("llm_int8_skip_modules"), kept)
+    body, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
+    own: dict[str, dict[str, TensorInfo]] = {}
+    for name, entry in tensors.items():
+        at = name.find(".")
+        while at >= 0:  # a linear's name is some start of its tensors' names
+            own.setdefault(name[:at], {})[name[at + 1 :]] = entry
+            at = name.find(".", at + 1)
+    for path, module in model.named_modules():
+        if module is head or not Unquantized().is_linear(module) or not should_convert_module(path, left):
+            continue
+        stored = next(
+            (name for name in (path, body + path, path.removeprefix(body)) if "weight" in own.get(name, ())), None
+        )
+        if stored is not None:
+            with attribute_errors(quantizer, "check_saved"):
+                quantizer.check_saved(stored, Unquantized().shape(module), config, own[stored])
+
+
 def loading_config(quantizer: Quantizer, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Any:
     """Return the `quantization_config` with which transformers loads a checkpoint into the quantiser's modules."""
     from transformers.quantizers import HfQuantizer
