@@ -204,6 +204,9 @@ def load_base(
         except Exception as error:  # a model class may raise any exception on unexpected values
             if "can't allocate memory" in str(error):
                 raise ResourceError(f"base '{name}' does not fit in memory: {first_line(error)}") from error
+            if "automatic conversion of the weights" in str(error):  # its details were only logged
+                text = f"base '{name}' does not load: some of its tensors do not fit config.json, or each other: "
+                raise CorruptError(f"{text}take complete files that belong together.") from error
             raise CorruptError(f"base '{name}' does not load: {describe(error)}") from error
     loaded: PreTrainedModel
     report: dict[str, Any]

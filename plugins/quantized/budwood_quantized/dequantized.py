@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from budwood_quantized.stored import Stored
+from budwood import CorruptError
+from budwood_quantized.stored import Stored, sizes_in
 
 if TYPE_CHECKING:
     import torch
@@ -48,3 +49,23 @@ class FineGrainedFP8(_Dequantized):
     dequantizes = True
     method = "fp8"
     stored_names = r"\.weight_scale(_inv)?$"
+
+    def check_saved(
+        self, path: str, shape: tuple[int, int], config: Mapping[str, Any], tensors: Mapping[str, Any]
+    ) -> None:
+        weight = tensors.get("weight")
+        if weight is None or not weight.dtype.startswith("F8"):
+            return
+        scale = next((tensors[name] for name in ("weight_scale_inv", "weight_scale") if name in tensors), None)
+        if scale is None:
+            raise CorruptError(
+                f"{weight.file}: the tensor '{path}.weight_scale_inv' is missing, without which '{path}.weight' cannot "
+                "be dequantised: take complete files."
+            )
+        sides = sizes_in(config.get("weight_block_size"))
+        wanted = tuple(-(-size // side) for size, side in zip(shape, sides, strict=False)) if sides else scale.shape
+        if scale.shape != wanted:  # one that is too small would be repeated
+            raise CorruptError(
+                f"{scale.file}: the scales of '{path}.weight' have the shape {scale.shape}, and blocks of "
+                f"{sides} in {shape} need {wanted}: take the files that belong together."
+            )

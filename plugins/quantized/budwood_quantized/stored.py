@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 from budwood import Quantizer, ResourceError
 
@@ -11,6 +12,12 @@ class Stored(Quantizer):
     """A quantiser that reads checkpoints and makes none."""
 
     stored_only = True
+
+
+def sizes_in(value: Any) -> tuple[int, ...]:
+    """Return the sizes of a block that a file gives, as positive numbers; () if it gives none."""
+    given = value if isinstance(value, list | tuple) else ()
+    return tuple(given) if all(type(size) is int and size > 0 for size in given) else ()
 
 
 def needs(module: str, package: str, name: str) -> None:

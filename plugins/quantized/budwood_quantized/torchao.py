@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from budwood import InputError
-from budwood_quantized.stored import Stored, needs
+from budwood import CorruptError, InputError
+from budwood_quantized.stored import Stored, needs, sizes_in
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+
+PARTS = "_weight_"
+"""Start of the names of the tensors that a weight consists of."""
+UNPACKED = ("Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor")
+"""Classes that store a weight in its own shape, and a scale for each block."""
 
 
 class TorchAO(Stored):
@@ -36,6 +46,39 @@ class TorchAO(Stored):
                     "IntxWeightOnlyConfig, or the unquantised base with quantization nf4."
                 )
 
+    def check_saved(
+        self, path: str, shape: tuple[int, int], config: Mapping[str, Any], tensors: Mapping[str, Any]
+    ) -> None:
+        entry = next((entry for name, entry in tensors.items() if name.startswith(PARTS)), None)
+        if entry is None:
+            return
+        status = entry.file.stat()
+        described = _metadata(entry.file, status.st_size, status.st_mtime_ns).get(f"{path}.weight", "{}")
+        try:
+            facts = json.loads(described)
+            names, block, kind = facts.get("_tensor_data_names", ()), facts.get("_data", {}), facts.get("_type")
+            block = sizes_in(block.get("block_size"))
+        except (ValueError, AttributeError, RecursionError):
+            raise CorruptError(
+                f"{entry.file}: its metadata do not describe '{path}.weight': take complete files."
+            ) from None
+        for part in names:
+            if f"{PARTS}{part}" not in tensors:
+                raise CorruptError(
+                    f"{entry.file}: the tensor '{path}.{PARTS}{part}' is missing, without which '{path}.weight' cannot "
+                    "be dequantised: take complete files."
+                )
+        if kind not in UNPACKED or not block:
+            return
+        blocks = tuple(size // side for size, side in zip(shape, block, strict=False))
+        for part, wanted in (("qdata", shape), ("scale", blocks), ("zero_point", blocks)):
+            found = tensors.get(f"{PARTS}{part}")
+            if found is not None and math.prod(found.shape) != math.prod(wanted):
+                raise CorruptError(
+                    f"{found.file}: the tensor '{path}.{PARTS}{part}' has the shape {found.shape}, and blocks of "
+                    f"{block} in {shape} need {wanted}: take the files that belong together."
+                )
+
     def check(self, device: str) -> None:
         needs("torchao", "torchao", self.name)
 
@@ -55,6 +98,15 @@ class TorchAO(Stored):
     def dequantize(self, module: Any, dtype: torch.dtype) -> Tensor:
         weight: Tensor = module.weight.data.dequantize().to(dtype)
         return weight
+
+
+@lru_cache(maxsize=64)
+def _metadata(file: Path, size: int, changed: int) -> dict[str, str]:
+    """Return the metadata of a safetensors file, in which torchao describes each weight; `changed` in nanoseconds."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        return dict(opened.metadata() or {})
 
 
 def _kinds(value: Any) -> set[str]:

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.conftest import make_tokenizer
 from tests.core.conftest import write_rows
 from tests.plugins.quantized.layouts import gptq, hqq
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
-from budwood import AdapterPool, InputError, MXFP4Experts, ResourceError, load_base
+from budwood import AdapterPool, CorruptError, InputError, MXFP4Experts, ResourceError, load_base
 from budwood.model.base import check_base
 from budwood.model.quantizers import is_quantized, quantizer_of
 from budwood.recipe.schema import Recipe
@@ -184,6 +185,44 @@ def test_mxfp4_experts_stay_in_mxfp4_exactly(tmp_path: Path) -> None:
         assert isinstance(experts, MXFP4Experts)
         assert torch.equal(experts.dequantize(0, 4, torch.float32), value)
     assert base.model(input_ids=IDS, use_cache=False).logits.isfinite().all()
+
+
+DAMAGE: list[tuple[str, str, bool, str]] = [
+    ("int8", "_weight_scale", True, "_weight_scale' is missing, without which"),
+    ("int8", "_weight_scale", False, r"has the shape \(31, 1\), and blocks of \(1, 64\) in \(32, 64\) need \(32, 1\)"),
+    ("int8", "_weight_qdata", False, r"has the shape \(31, 64\), and blocks"),
+    ("intx4", "_weight_zero_point", False, r"has the shape \(31, 2\), and blocks"),
+    ("fine-grained", "weight_scale_inv", True, "weight_scale_inv' is missing, without which"),
+    (
+        "fine-grained",
+        "weight_scale_inv",
+        False,
+        r"have the shape \(1, 4\), and blocks of \(16, 16\) in \(32, 64\) need",
+    ),
+]
+"""Kind of checkpoint; the tensor of a linear that is missing, or lacks its last row; the message."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "tensor", "missing", "message"), DAMAGE)
+def test_tensors_that_do_not_fit_each_other_are_named(
+    tiny_base: Path, tmp_path: Path, kind: str, tensor: str, missing: bool, message: str
+) -> None:
+    """Scales that are too few were repeated, or ended in an error of torch."""
+    folder = tmp_path / "stored"
+    if kind == "fine-grained":
+        fine_grained(tiny_base, folder, side=16)
+    else:
+        torchao(tiny_base, folder, kind)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors, name = load_file(folder / "model.safetensors"), f"model.layers.0.self_attn.k_proj.{tensor}"
+    tensors[name] = tensors[name][:-1].clone()
+    if missing:
+        del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata)
+    with pytest.raises(CorruptError, match=message):
+        load_base(folder, None, LM, torch.float32)
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {

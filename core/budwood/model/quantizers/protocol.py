@@ -85,7 +85,8 @@ class Quantizer(Plugin):
             path: the name of the linear in the checkpoint.
             shape: its numbers of outputs and inputs.
             config: the checkpoint's `quantization_config`.
-            tensors: the tensors of this linear, "weight" among them, by their names in it, such as "weight.absmax".
+            tensors: those of its tensors that there are, by their names in it, such as "weight.absmax"; each has a
+                `shape`, a `dtype` as safetensors names it, and its `file`.
 
         Raises:
             InputError, CorruptError: they contradict the configuration or each other.

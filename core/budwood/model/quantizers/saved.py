@@ -27,7 +27,9 @@ def check_four_bit(path: str, shape: tuple[int, int], kind: str, tensors: Mappin
     Args:
         kind: nf4 or fp4, by the configuration.
     """
-    weight = tensors["weight"]
+    weight = tensors.get("weight")
+    if weight is None:
+        return  # the model then lacks it, which loading reports
     state = next((name for name in tensors if name.startswith(STATE)), None)
     if state is None and weight.dtype in FLOATS:
         raise _unquantised(path, weight)
@@ -67,7 +69,9 @@ def check_four_bit(path: str, shape: tuple[int, int], kind: str, tensors: Mappin
 
 def check_eight_bit(path: str, shape: tuple[int, int], tensors: Mapping[str, TensorInfo]) -> None:
     """Check an 8-bit linear; see `Quantizer.check_saved`."""
-    weight = tensors["weight"]
+    weight = tensors.get("weight")
+    if weight is None:
+        return
     if "SCB" not in tensors:
         raise _unquantised(path, weight) if weight.dtype in FLOATS else _missing(path, "SCB", weight)
     for name, wanted in (("weight", shape), ("SCB", shape[:1])):

@@ -103,9 +103,7 @@ def check_linears(
     for path, module in model.named_modules():
         if module is head or not Unquantized().is_linear(module) or not should_convert_module(path, left):
             continue
-        stored = next(
-            (name for name in (path, body + path, path.removeprefix(body)) if "weight" in own.get(name, ())), None
-        )
+        stored = next((name for name in (path, body + path, path.removeprefix(body)) if name in own), None)
         if stored is not None:
             with attribute_errors(quantizer, "check_saved"):
                 quantizer.check_saved(stored, Unquantized().shape(module), config, own[stored])
