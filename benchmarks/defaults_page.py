@@ -93,7 +93,8 @@ run names nothing, and a sweep varies the default's learning rate and number of 
 share of exact answers, or the likelihood of a token, exp(-loss) (chat, long text). The data is the demo's, and so is
 the base, unless the first column names another. Not all sweeps are complete: the fourth column counts the settings
 that ran, and cells with fewer than {SETTINGS} are left out. The winner of a sweep and the default ran again with other
-seeds, and the ratio is that of their means over these.
+seeds, and the ratio is that of their means over these; where the sixth column says 1, the default won, or only one seed
+has run.
 
 {verdict(ratios)}
 
