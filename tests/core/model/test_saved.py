@@ -114,6 +114,8 @@ def described(text: bytes) -> Change:
         ("nf4", shorter("weight.nested_quant_map"), CorruptError, "has 254 values, .* needs 256"),
         ("nf4", unquantised, InputError, f"the tensor '{LINEAR}.weight' is not quantised, but quantization_config"),
         ("nf4", configured(bnb_4bit_quant_type="fp4"), InputError, "is quantised in nf4, but bnb_4bit_quant_type in"),
+        ("nf4", configured(llm_int8_skip_modules=["k_proj["]), InputError, r"llm_int8_skip_modules: .'k_proj.'. is no"),
+        ("nf4", configured(llm_int8_skip_modules="k_proj"), InputError, "llm_int8_skip_modules: k_proj is no list"),
         ("nf4", described(b"{"), CorruptError, "does not describe a weight"),
         ("nf4", described(b'{"blocksize": 0, "shape": [32, 64]}'), CorruptError, "does not describe a weight"),
         ("nf4", described(b'{"blocksize": 64, "shape": [64, 64]}'), CorruptError, r"\(64, 64\), and config.json gives"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from budwood.contract.calls import attribute_errors
 from budwood.errors import InputError
 from budwood.model.quantizers.protocol import Quantizer, Unquantized
 from budwood.untrusted.formats import TensorInfo
+from budwood.untrusted.redaction import shorten
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -86,13 +88,18 @@ def check_linears(
     """Check each linear of a checkpoint that transformers loads for a quantiser; arguments as for `packed_linears`.
 
     Raises:
+        InputError: the configuration's `llm_int8_skip_modules` are no names or regular expressions.
         BudwoodError: see `Quantizer.check_saved`.
     """
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    kept = getattr(model, "_keep_in_fp32_modules", None)
-    left = HfQuantizer.get_modules_to_not_convert(model, config.get("llm_int8_skip_modules"), kept)
+    skipped, kept = config.get("llm_int8_skip_modules"), getattr(model, "_keep_in_fp32_modules", None)
+    if not (skipped is None or (isinstance(skipped, list) and all(map(_is_pattern, skipped)))):
+        raise InputError(
+            f"quantization_config in config.json: llm_int8_skip_modules: {shorten(str(skipped))} is no list of names."
+        )
+    left = HfQuantizer.get_modules_to_not_convert(model, skipped, kept)
     body, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
     own: dict[str, dict[str, TensorInfo]] = {}
     for name, entry in tensors.items():
@@ -107,6 +114,13 @@ def check_linears(
         if stored is not None:
             with attribute_errors(quantizer, "check_saved"):
                 quantizer.check_saved(stored, Unquantized().shape(module), config, own[stored])
+
+
+def _is_pattern(name: Any) -> bool:
+    """Return whether transformers can compare names of modules with this one, which may be a regular expression."""
+    with contextlib.suppress(re.error, TypeError):
+        return re.compile(name) is not None
+    return False
 
 
 def loading_config(quantizer: Quantizer, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Any:
