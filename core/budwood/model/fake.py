@@ -18,7 +18,7 @@ from budwood.model.checks import check_base, find_quantizer, load_tokenizer, ske
 from budwood.model.experts import count_experts, plan_experts
 from budwood.model.halves.take_over import use_own_operations
 from budwood.model.quantizers import Quantizer, Unquantized, claim, is_quantized
-from budwood.model.quantizers.stored import replace_linears
+from budwood.model.quantizers.stored import possible_names, replace_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -196,7 +196,7 @@ def _new(frame: PreTrainedModel, path: Path) -> tuple[str, ...]:
         stored = read_tensors(path)
 
         def is_stored(name: str) -> bool:
-            keys = (name, f"{prefix}{name}", name.removeprefix(prefix))
+            keys = possible_names(name, prefix)
             return any(key in stored and stored[key].shape == _shape(frame, name) for key in keys)
 
         return tuple(name for name in heads if not is_stored(name))

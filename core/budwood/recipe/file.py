@@ -86,7 +86,7 @@ def refuse_run(path: Path) -> None:
     if recipe.is_file() and (path / "manifest.json").is_file():
         raise InputError(
             f"{path}: is the folder of a run. Its recipe is {recipe}, and `budwood tune {quote(str(recipe))} --resume` "
-            "goes on with the run."
+            "resumes it."
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from budwood import CorruptError
-from budwood_quantized.stored import Stored, sizes_in
+from budwood_quantized.stored import Stored, missing, sizes_in
 
 if TYPE_CHECKING:
     import torch
@@ -58,10 +58,7 @@ class FineGrainedFP8(_Dequantized):
             return
         scale = next((tensors[name] for name in ("weight_scale_inv", "weight_scale") if name in tensors), None)
         if scale is None:
-            raise CorruptError(
-                f"{weight.file}: the tensor '{path}.weight_scale_inv' is missing, without which '{path}.weight' cannot "
-                "be dequantised: take complete files."
-            )
+            raise missing(path, "weight_scale_inv", weight)
         sides = sizes_in(config.get("weight_block_size"))
         wanted = tuple(-(-size // side) for size, side in zip(shape, sides, strict=False)) if sides else scale.shape
         if scale.shape != wanted:  # one that is too small would be repeated

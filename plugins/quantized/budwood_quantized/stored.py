@@ -5,13 +5,21 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from budwood import Quantizer, ResourceError
+from budwood import CorruptError, Quantizer, ResourceError
 
 
 class Stored(Quantizer):
     """A quantiser that reads checkpoints and makes none."""
 
     stored_only = True
+
+
+def missing(path: str, name: str, entry: Any) -> CorruptError:
+    """Return the error for a linear's tensor that is not there, beside `entry`, one that is."""
+    return CorruptError(
+        f"{entry.file}: the tensor '{path}.{name}' is missing, without which '{path}.weight' cannot be dequantised: "
+        "take complete files."
+    )
 
 
 def sizes_in(value: Any) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from budwood import CorruptError, InputError
-from budwood_quantized.stored import Stored, needs, sizes_in
+from budwood_quantized.stored import Stored, missing, needs, sizes_in
 
 if TYPE_CHECKING:
     import torch
@@ -64,10 +64,7 @@ class TorchAO(Stored):
             ) from None
         for part in names:
             if f"{PARTS}{part}" not in tensors:
-                raise CorruptError(
-                    f"{entry.file}: the tensor '{path}.{PARTS}{part}' is missing, without which '{path}.weight' cannot "
-                    "be dequantised: take complete files."
-                )
+                raise missing(path, f"{PARTS}{part}", entry)
         if kind not in UNPACKED or not block:
             return
         blocks = tuple(size // side for size, side in zip(shape, block, strict=False))

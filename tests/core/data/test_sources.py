@@ -281,7 +281,7 @@ def test_the_data_command_takes_data_and_a_base(
         assert run([*arguments, str(folder)]) == 2
         problem = capsys.readouterr().err
         assert problem.startswith(f"error: {folder}: is the folder of a run. Its recipe is {folder}/recipe.yaml, and ")
-        assert f"`budwood tune '{folder}/recipe.yaml' --resume` goes on" in problem
+        assert f"`budwood tune '{folder}/recipe.yaml' --resume` resumes it." in problem
     listed = tmp_path / "a.json"
     listed.write_text(json.dumps(rows_of("a", 3)))
     assert run(["data", str(listed), "--base", str(tiny_base)]) == 0

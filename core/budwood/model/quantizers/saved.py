@@ -31,12 +31,11 @@ def check_four_bit(path: str, shape: tuple[int, int], kind: str, tensors: Mappin
     if weight is None:
         return  # the model then lacks it, which loading reports
     state = next((name for name in tensors if name.startswith(STATE)), None)
-    if state is None and weight.dtype in FLOATS:
-        raise _unquantised(path, weight)
-    for name in (state or f"{STATE}{kind}", "weight.absmax", "weight.quant_map"):
+    if state is None:
+        raise _unquantised(path, weight) if weight.dtype in FLOATS else _missing(path, STATE + kind, weight)
+    for name in ("weight.absmax", "weight.quant_map"):
         if name not in tensors:
             raise _missing(path, name, weight)
-    assert state is not None
     if state != STATE + kind:
         raise InputError(
             f"{weight.file}: '{path}.weight' is quantised in {state.removeprefix(STATE)}, but bnb_4bit_quant_type in "

@@ -58,9 +58,9 @@ def packed_linears(
     modules, body = dict(model.named_modules()), f"{model.base_model_prefix}."
     head = model.get_output_embeddings()
     paths = dict.fromkeys(name[: m.start()] for name in tensors if (m := re.search(quantizer.stored_names, name)))
+    under = _under(tensors)
     for stored in paths:
-        names = (stored, body + stored, stored.removeprefix(body))
-        path = next((name for name in names if name in modules), stored)
+        path = next((name for name in possible_names(stored, body) if name in modules), stored)
         module = modules.get(path)
         if module is None or not Unquantized().is_linear(module):
             raise InputError(
@@ -73,9 +73,8 @@ def packed_linears(
                 "whose head is not, or the unquantised base with quantization nf4."
             )
         own = {
-            name.removeprefix(f"{stored}."): torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
-            for name, entry in tensors.items()
-            if name.startswith(f"{stored}.")
+            name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+            for name, entry in under[stored].items()
         }
         with attribute_errors(quantizer, "replace"):
             found[path] = quantizer.replace(stored, module, config, own)
@@ -101,19 +100,30 @@ def check_linears(
         )
     left = HfQuantizer.get_modules_to_not_convert(model, skipped, kept)
     body, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
-    own: dict[str, dict[str, TensorInfo]] = {}
-    for name, entry in tensors.items():
-        at = name.find(".")
-        while at >= 0:  # a linear's name is some start of its tensors' names
-            own.setdefault(name[:at], {})[name[at + 1 :]] = entry
-            at = name.find(".", at + 1)
+    under = _under(tensors)
     for path, module in model.named_modules():
         if module is head or not Unquantized().is_linear(module) or not should_convert_module(path, left):
             continue
-        stored = next((name for name in (path, body + path, path.removeprefix(body)) if name in own), None)
+        stored = next((name for name in possible_names(path, body) if name in under), None)
         if stored is not None:
             with attribute_errors(quantizer, "check_saved"):
-                quantizer.check_saved(stored, Unquantized().shape(module), config, own[stored])
+                quantizer.check_saved(stored, Unquantized().shape(module), config, under[stored])
+
+
+def _under(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+    """Return the tensors below each module or part of a checkpoint, by their names in it."""
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for name, entry in tensors.items():
+        at = name.find(".")
+        while at >= 0:
+            found.setdefault(name[:at], {})[name[at + 1 :]] = entry
+            at = name.find(".", at + 1)
+    return found
+
+
+def possible_names(path: str, body: str) -> tuple[str, str, str]:
+    """Return the names that a module or tensor may have in a checkpoint: of the model, or of its body."""
+    return path, body + path, path.removeprefix(body)
 
 
 def _is_pattern(name: Any) -> bool:

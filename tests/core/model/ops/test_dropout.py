@@ -14,17 +14,13 @@ from budwood.model.ops.dropout import drop, drop_again, drop_factor, dropout
 ELEMENTS = 200_000
 
 
-def seeded(seed: int = 0) -> None:
-    torch.manual_seed(seed)
-
-
 def kept(probability: float, elements: int = ELEMENTS) -> Tensor:
     return drop(torch.ones(elements), probability)[0].double()
 
 
 @pytest.mark.parametrize("probability", [0.001, 0.05, 0.1, 0.5, 0.9])
 def test_each_element_is_dropped_with_its_probability_whatever_its_place_in_a_word(probability: float) -> None:
-    seeded()
+    torch.manual_seed(0)
     mask = kept(probability)
     share = math.sqrt(probability * (1 - probability))
     for place in range(4):
@@ -33,7 +29,7 @@ def test_each_element_is_dropped_with_its_probability_whatever_its_place_in_a_wo
 
 
 def test_elements_are_independent_of_others() -> None:
-    seeded()
+    torch.manual_seed(0)
     mask = kept(0.5) - 0.5
     for distance in (1, 2, 3, 4, 5, 8):
         assert abs((mask[:-distance] * mask[distance:]).mean() / 0.25) < 5 / math.sqrt(ELEMENTS)
@@ -42,7 +38,7 @@ def test_elements_are_independent_of_others() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(7, 9), (4, 4), (1,), (0, 3)])
 def test_what_is_left_is_divided_by_the_share_that_is_left(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    seeded()
+    torch.manual_seed(0)
     x = torch.randn(shape).to(dtype)
     zeroed, mask = drop(x, 0.3)
     assert zeroed.dtype == dtype
@@ -54,32 +50,32 @@ def test_what_is_left_is_divided_by_the_share_that_is_left(dtype: torch.dtype, s
 
 
 def test_a_seed_gives_a_mask_and_the_next_one_is_another() -> None:
-    seeded(3)
+    torch.manual_seed(3)
     first, second = kept(0.5, 1000), kept(0.5, 1000)
-    seeded(3)
+    torch.manual_seed(3)
     assert torch.equal(kept(0.5, 1000), first)
     assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("probability", [0.0, 1e-6, 1.0])
 def test_probabilities_at_the_ends(probability: float) -> None:
-    seeded()
+    torch.manual_seed(0)
     out = dropout(torch.ones(1000), probability)
     assert out.isclose(torch.tensor(0.0 if probability == 1 else 1 / (1 - probability))).sum() >= 999
 
 
 @pytest.mark.parametrize("probability", [1e-4, 0.9999])
 def test_probabilities_that_the_bits_would_change_are_left_to_torch(probability: float) -> None:
-    seeded()
+    torch.manual_seed(0)
     zeroed, mask = drop(torch.ones(ELEMENTS), probability)
-    seeded()
+    torch.manual_seed(0)
     assert torch.equal(mask, torch.native_dropout(torch.ones(ELEMENTS), probability, True)[1])
     assert drop_factor(zeroed, probability) == 1
 
 
 def test_values_and_gradient_of_rows_that_are_not_contiguous() -> None:
     x = torch.randn(6, 10, generator=torch.Generator().manual_seed(0)).t().requires_grad_()
-    seeded()
+    torch.manual_seed(0)
     out = dropout(x, 0.5)
     out.sum().backward()
     mask = out != 0
@@ -90,7 +86,7 @@ def test_values_and_gradient_of_rows_that_are_not_contiguous() -> None:
 
 def test_nothing_that_is_not_finite_passes_where_it_is_dropped() -> None:
     """A product with a mask would give NaN there."""
-    seeded()
+    torch.manual_seed(0)
     zeroed, mask = drop(torch.full((1000,), math.inf), 0.5)
     assert torch.equal(zeroed == 0, ~mask.bool())
 
@@ -98,10 +94,10 @@ def test_nothing_that_is_not_finite_passes_where_it_is_dropped() -> None:
 def test_a_plan_for_a_gpu_counts_torchs_kernel() -> None:
     x = torch.ones(1000)
     with planned_device("cuda"):
-        seeded()
+        torch.manual_seed(0)
         out, mask = drop(x, 0.25)
         assert drop_factor(x, 0.25) == 1
-    seeded()
+    torch.manual_seed(0)
     expected, theirs = torch.native_dropout(x, 0.25, True)
     assert torch.equal(out, expected)
     assert torch.equal(mask, theirs)
@@ -116,7 +112,7 @@ def test_modules_of_a_base_draw_quickly_in_training_alone() -> None:
     model.eval()
     assert torch.equal(model(x), model[0](x))
     model.train()
-    seeded()
+    torch.manual_seed(0)
     out = model(x)
-    seeded()
+    torch.manual_seed(0)
     torch.testing.assert_close(out, dropout(model[0](x), 0.5))
