@@ -325,6 +325,7 @@ class Run:
     sharded: bool = False  # the base's layers are sharded: every process makes as many passes as the others
     counts: dict[str, float] = field(default_factory=dict)
     planned: dict[str, Any] = field(default_factory=dict)  # memory and time as `budwood plan --json` gives them; or {}
+    spare_memory: int = 0  # bytes that the plan leaves free
     before: dict[str, float] = field(default_factory=dict)  # metrics of the evaluation before the first step
     metrics: dict[str, float] = field(default_factory=dict)  # latest value of every logged metric
     logged: dict[str, Any] = field(default_factory=dict)  # passed to `log` in the current optimizer step

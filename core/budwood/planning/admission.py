@@ -40,7 +40,8 @@ def admit(run: Run, skeleton: Any) -> None:
     size = run.recipe.train.micro_tokens or wanted(run, run.device.type)
     free = available(run)
     result = error = None
-    if MARGIN * _at_most(run, skeleton, size) >= free and run.process_index == 0:
+    needed = _at_most(run, skeleton, size)
+    if MARGIN * needed >= free and run.process_index == 0:
         try:
             result = estimate_here(run, free)
         except BudwoodError as failure:  # a model or strategy that cannot be planned may still run
@@ -57,6 +58,9 @@ def admit(run: Run, skeleton: Any) -> None:
         recompute.settle(run, layers)
     if result is not None:
         _decide(run, result)
+        run.spare_memory = result.device.memory - result.needed
+    elif error is None:
+        run.spare_memory = free - int(needed)
 
 
 def available(run: Run) -> int:

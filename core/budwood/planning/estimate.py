@@ -15,6 +15,7 @@ from budwood.errors import InputError
 from budwood.model.checkpoint import missing_weights
 from budwood.model.device import planned_device
 from budwood.model.ops import kernels
+from budwood.model.quantizers.room import dequantized_bytes, room_in
 from budwood.model.recompute import layers_of
 from budwood.planning.cost import Cost, cost_line, costs_of_step, travel
 from budwood.planning.devices import GIB, Device
@@ -70,6 +71,7 @@ class Estimate:
         evaluations: of the run.
         evaluation, generation: the shares of `seconds` that evaluations and the generation of answers take.
         exchange: what several processes hold and exchange; None: the run is one process.
+        dequantized: bytes of the weights that a CPU would keep dequantised beside all that; see `kept`.
     """
 
     device: Device
@@ -100,6 +102,7 @@ class Estimate:
     layers: int = 0
     offloaded: int = 0
     exchange: Exchange | None = None
+    dequantized: int = 0
 
     @property
     def needed(self) -> int:
@@ -115,6 +118,11 @@ class Estimate:
     def fits(self) -> bool:
         """Whether the device has that much memory."""
         return self.needed <= self.device.memory
+
+    @property
+    def kept(self) -> int:
+        """Bytes of the weights that a CPU keeps dequantised, in a part of the memory that is free."""
+        return min(self.dequantized, room_in(self.device.memory - self.needed))
 
     @property
     def training(self) -> tuple[float, float] | None:
@@ -135,7 +143,8 @@ class Estimate:
             "memory": {
                 "peak_bytes": self.peak, "parts": self.parts, "where": self.where,
                 "largest_temporary": {"bytes": self.largest[0], "operation": self.largest[1]},
-                "kv_cache_bytes": self.kv_cache,
+                "kv_cache_bytes": self.kv_cache, "dequantized_weights_bytes": self.dequantized,
+                "kept_weights_bytes": self.kept,
             },
             "step": {
                 "flops": self.flops, "bytes": self.moved, "operations": self.operations, "tokens": self.tokens,
@@ -172,6 +181,7 @@ class Estimate:
             _pair(run_time["evaluation_seconds"]), _pair(run_time["generation_seconds"]), step["micro_tokens"],
             step["recomputed_layers"], step["layers"], values["host"]["offloaded_bytes"],
             None if values["processes"] is None else Exchange.from_dict(values["processes"]),
+            memory["dequantized_weights_bytes"],
         )  # fmt: skip
 
 
@@ -254,6 +264,7 @@ def _estimate(rehearsal: Rehearsal, device: Device, without_data: bool, notes: l
     others = memory.others
     known = bool(device.rates and device.bandwidth) and steps is not None
     cost = mean.times(steps or 0).plus(others.evaluation).plus(others.generation)
+    keeps = device.kind == "cpu" and run.recipe.base.keep_dequantized and not rehearsal.gathering.active
     return Estimate(
         device, memory.allocated, dict(sorted(memory.parts.items(), key=lambda item: -item[1])), memory.where,
         memory.temporary, memory.cache, mean.flops, mean.moved, mean.operations,
@@ -263,6 +274,7 @@ def _estimate(rehearsal: Rehearsal, device: Device, without_data: bool, notes: l
         memory.loading, others.evaluations, others.evaluation.seconds if known else None,
         others.generation.seconds if known else None, run.micro_tokens, rehearsal.recomputed,
         len(layers_of(run.model)), memory.offloaded, exchange,
+        dequantized_bytes(run.model, run.dtype) if keeps else 0,
     )  # fmt: skip
 
 

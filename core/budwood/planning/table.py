@@ -27,6 +27,8 @@ def show_estimate(result: Estimate, recipe: Any, console: Console, advised: bool
     device, step = result.device, result
     rows = [("memory", f"{gib(result.peak)} at the peak, in {result.where}")]
     rows += [("", f"{gib(size):>11}  {part}") for part, size in result.parts.items() if size > 50_000]
+    if result.kept:
+        rows.append(("", f"{gib(result.kept)} more for weights that stay dequantised, since the memory is free"))
     if result.largest[0]:
         rows.append(("", f"largest temporary tensor: {gib(result.largest[0])} ({result.largest[1]})"))
     if result.kv_cache and "KV cache" not in result.parts:

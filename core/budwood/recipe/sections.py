@@ -113,6 +113,11 @@ class BaseSection(Section):
     )
     quantization: str = Field("nf4", description="none, int8, nf4, fp4, or another installed quantiser")
     double_quantization: bool = Field(True, description="also quantise the constants of nf4 and fp4")
+    keep_dequantized: bool = Field(
+        True,
+        description="on a CPU, dequantise weights once instead of in every pass, in a quarter of the memory that the "
+        "plan leaves free",
+    )
     resize_embeddings: bool = Field(
         False,
         description="add embeddings for tokens that only the tokenizer has: these rows of the embeddings and of the "

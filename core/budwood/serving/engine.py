@@ -22,6 +22,7 @@ from budwood.errors import InputError, did_you_mean
 from budwood.model.base import Base
 from budwood.model.decoding import TextWriter, end_tokens
 from budwood.model.limits import answer_limit, check_tokens, embeddings_of, positions_of
+from budwood.model.quantizers.room import keep_dequantized
 from budwood.serving.kv import available
 from budwood.serving.loaded import Loaded, Loader
 from budwood.serving.prefix import PrefixCache, namespace
@@ -73,6 +74,7 @@ class Engine:
         self.model: Any = base.model.eval().requires_grad_(False)
         self.tokenizer = base.tokenizer
         device = torch.device(base.device)
+        keep_dequantized(self.model, available(device), base.dtype)  # before the table, which calls their forward
         self.table = LiveTable(self.model, stack_bytes)
         self.loader = Loader(base, task, self.table)
         self.names: dict[str, Loaded] = {}

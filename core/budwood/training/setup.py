@@ -32,10 +32,12 @@ from budwood.model.base import (
     load_base,
     pick_device_precision,
 )
+from budwood.model.checks import size
 from budwood.model.embeddings import resize_base
 from budwood.model.halves.take_over import describe_others
 from budwood.model.limits import default_length
 from budwood.model.ops import attention, kernels
+from budwood.model.quantizers.room import keep_dequantized
 from budwood.model.recompute import recompute_layers
 from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
@@ -212,6 +214,9 @@ def _prepare(
         resize_base(run.base, embeddings_wanted(recipe, run.tokenizer))
     if device.type == "cpu":
         keep_heap()
+    if not run.sharded and recipe.base.keep_dequantized:
+        kept = keep_dequantized(run.base.model, run.spare_memory, run.dtype)
+        run.base.notes += [f"dequantised weights are kept, in {size(kept)} of free memory"] * bool(kept)
     merged = [f"adapter {record.weights[:12]} is merged into it" for record in merged_into(run.base.path)]
     report.say(f"base {run.base.name}: " + "; ".join([*run.base.notes, *merged]))
     if run.processes > 1:

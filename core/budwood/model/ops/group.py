@@ -174,7 +174,7 @@ class Group:
         """Return each W [out, in] in the dtype of the products; stacked, one of all of them."""
         if self.stacked:
             return [self.quantizers[0].stack(self.bases, self.dtype)]
-        return [q.dequantize(base, self.dtype) for q, base in zip(self.quantizers, self.bases, strict=True)]
+        return [q.dequantized(base, self.dtype) for q, base in zip(self.quantizers, self.bases, strict=True)]
 
     def forward(
         self, x: Tensor, tensors: Sequence[Tensor | None], factors: Sequence[Tensor | None],

@@ -187,7 +187,7 @@ class LowRankLinear(torch.autograd.Function):
                 inner = rows if mask is None else drop_again(rows, mask, ctx.dropout)
                 grad_a = (grad_narrow.t() @ inner).to(a_dtype)
             if wants_x:
-                grad_x = gradient @ ctx.quantizer.dequantize(ctx.base, ctx.dtype)
+                grad_x = gradient @ ctx.quantizer.dequantized(ctx.base, ctx.dtype)
                 if grad_narrow is not None and mask is None:
                     grad_x.addmm_(grad_narrow, a)
                 elif grad_narrow is not None:

@@ -67,7 +67,7 @@ def linear_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
         TypeError: the module is not a linear.
     """
     inner = _inner(module)
-    return _quantizer(inner).dequantize(inner, dtype).detach().clone()
+    return _quantizer(inner).dequantized(inner, dtype).detach().clone()
 
 
 def _inner(module: nn.Module) -> Any:

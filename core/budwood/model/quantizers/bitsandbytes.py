@@ -241,10 +241,14 @@ class _FourBit(_BitsAndBytes):
         return outputs, inputs
 
     def forward(self, module: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        import bitsandbytes
+        from budwood.model.device import device_type
 
         # The module's own forward is not called, because it might repack the weight.
         dtype = module.compute_dtype or x.dtype
+        if device_type(module.weight) == "cpu":  # where bitsandbytes dequantises too
+            return super().forward(module, x.to(dtype), bias).to(x.dtype)
+        import bitsandbytes
+
         bias = None if bias is None else bias.to(dtype)
         weight = module.weight
         if len(x) > FEW_ROWS and (dense := self._by_kernel(module, dtype)) is not None:
@@ -253,6 +257,10 @@ class _FourBit(_BitsAndBytes):
             return functional.linear(x.to(dtype), dense, bias).to(x.dtype)
         result: Tensor = bitsandbytes.matmul_4bit(x.to(dtype), weight, _state(module), bias=bias).to(x.dtype)
         return result
+
+    def keep(self, module: Any) -> None:
+        if type(module) is _library().nn.Linear4bit:
+            module.__class__ = _keeping_linear()
 
     def dequantize(self, module: Any, dtype: torch.dtype) -> Tensor:
         import bitsandbytes
@@ -387,6 +395,25 @@ def _sharded_linear() -> type[nn.Module]:
             return frozen_linear(x, self)
 
     return ShardedLinear4bit
+
+
+@cache
+def _keeping_linear() -> type[nn.Module]:
+    import bitsandbytes
+    import torch
+
+    class KeepingLinear4bit(bitsandbytes.nn.Linear4bit):
+        """bitsandbytes' 4-bit linear that may keep its dequantised weight."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            from budwood.model.ops.linear import frozen_linear, live_linear
+
+            product = frozen_linear if torch.is_grad_enabled() else live_linear
+            with torch.autocast(x.device.type, enabled=False):  # as the class above, which knows no autocast
+                result: Tensor = product(x.to(self.compute_dtype or x.dtype), self).to(x.dtype)
+            return result
+
+    return KeepingLinear4bit
 
 
 @cache

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from budwood.untrusted.formats import TensorInfo
 
 
+ROOM = "_budwood_room"
+"""Attribute of a linear that may keep its dequantised weight."""
+
+
 class Quantizer(Plugin):
     """Base class of quantisers. A subclass declares `api = 2`.
 
@@ -201,7 +205,7 @@ class Quantizer(Plugin):
         """
         from torch.nn import functional
 
-        return functional.linear(x, self.dequantize(module, x.dtype), None if bias is None else bias.to(x.dtype))
+        return functional.linear(x, self.dequantized(module, x.dtype), None if bias is None else bias.to(x.dtype))
 
     @property
     def dense(self) -> bool:
@@ -219,6 +223,15 @@ class Quantizer(Plugin):
     def dequantize(self, module: Any, dtype: torch.dtype) -> Tensor:
         """Return W [out, in] in `dtype`, as the forward uses it; the caller may not modify it."""
         raise NotImplementedError(f"{self} declares linears, but does not implement dequantize")
+
+    def keep(self, module: Any) -> None:
+        """Prepare a linear that may keep its dequantised weight: its own forward should take it from `dequantized`."""
+
+    def dequantized(self, module: Any, dtype: torch.dtype) -> Tensor:
+        """Return `dequantize`, kept where there is room for it; see `budwood.model.quantizers.room`."""
+        keeper = module.__dict__.get(ROOM)
+        weight: Tensor = self.dequantize(module, dtype) if keeper is None else keeper.dequantized(self, module, dtype)
+        return weight
 
 
 class Unquantized(Quantizer):
