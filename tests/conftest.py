@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -174,6 +175,15 @@ def frozen_libraries() -> None:
 def empty_data_cache() -> None:
     """Begin each file without encoded data in the cache, since saving an entry looks at all others."""
     shutil.rmtree(Path(os.environ["BUDWOOD_CACHE"]) / "tokens", ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_strategies_of_other_files() -> Iterator[None]:
+    """Remove strategies that the kit has registered, which commands would find in the tests of other files."""
+    yield
+    bench = sys.modules.get("budwood.testing.bench")
+    if bench is not None:
+        bench.forget_pretended()
 
 
 @pytest.fixture(autouse=True)

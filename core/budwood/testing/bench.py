@@ -291,15 +291,30 @@ def pretend_installed(strategy: type[Strategy], name: str) -> None:
         module.classes = {}
         sys.path.append(str(session_folder() / "site"))
     module.classes[name] = strategy
-    attribute = re.sub(r"\W", "_", name)
-    setattr(module, attribute, strategy)
+    setattr(module, _attribute(name), strategy)
+    _write_distribution(module)
+
+
+def forget_pretended() -> None:
+    """Remove the classes that `pretend_installed` added."""
+    module: Any = sys.modules.get(MODULE)
+    if module is not None and module.classes:
+        module.classes.clear()
+        _write_distribution(module)
+
+
+def _write_distribution(module: Any) -> None:
     info = session_folder() / "site" / f"{MODULE}-0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {MODULE}\nVersion: 0\n", encoding="utf-8")
-    lines = [f"{n} = {MODULE}:{re.sub(r'[^0-9A-Za-z_]', '_', n)}" for n in module.classes]
+    lines = [f"{name} = {MODULE}:{_attribute(name)}" for name in module.classes]
     (info / "entry_points.txt").write_text("\n".join(["[budwood]", *lines, ""]), encoding="utf-8")
     importlib.invalidate_caches()
     scan.cache_clear()  # the folder's modification time does not show a changed file
+
+
+def _attribute(name: str) -> str:
+    return re.sub(r"\W", "_", name)
 
 
 def registered() -> dict[str, dict[str, str]]:
