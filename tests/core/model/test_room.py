@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,24 @@ def test_a_base_that_changes_is_dequantised_again(tiny_base: Path) -> None:
     fourth = quantizer.dequantized(linear, torch.bfloat16)
     assert torch.equal(fourth, quantizer.dequantize(linear, torch.bfloat16))
     assert linear.__dict__[ROOM].room.left == left + first.nbytes  # that of fp32 took twice as much
+
+
+def test_copies_and_inference_mode(tiny_base: Path) -> None:
+    with torch.inference_mode():
+        pool_like = base(tiny_base)
+        keep_dequantized(pool_like, PLENTY, torch.bfloat16)
+        expected = pool_like(torch.tensor([[1, 5, 9]])).logits
+        assert not kept(pool_like)
+        assert torch.equal(pool_like(torch.tensor([[1, 5, 9]])).logits, expected)
+    model = base(tiny_base)
+    keep_dequantized(model, PLENTY, torch.bfloat16)
+    with torch.inference_mode():
+        assert torch.equal(model(torch.tensor([[1, 5, 9]])).logits, expected)
+    model(torch.tensor([[1, 5, 9]]))
+    twin = copy.deepcopy(model)
+    assert kept(model) and not kept(twin)
+    assert torch.equal(twin(torch.tensor([[1, 5, 9]])).logits, expected)
+    assert not kept(twin)  # the room is taken
 
 
 def test_int8_and_16_bit_keep_nothing(tiny_base: Path) -> None:

@@ -55,13 +55,17 @@ class Keeper:
             self.room.left += kept.nbytes
             self.weight = None
         found = quantizer.dequantize(module, dtype)
-        if self.room.take(found.nbytes):
+        if not found.is_inference() and self.room.take(found.nbytes):  # which no graph could use later
             self.weight, self.stored = found, [packed, *quantizer.constants(module)]
             self.state = self._state()
         return found
 
     def _state(self) -> list[int]:
-        return [self.stored[0].data_ptr(), *(tensor._version for tensor in self.stored)]
+        versions = (0 if tensor.is_inference() else tensor._version for tensor in self.stored)
+        return [self.stored[0].data_ptr(), *versions]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Keeper, (self.room,)  # a copy of the linear begins without a weight
 
 
 def keep_dequantized(model: nn.Module, free: int, dtype: torch.dtype) -> int:
