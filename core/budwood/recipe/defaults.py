@@ -10,7 +10,7 @@ from budwood.recipe.sections import TrainSection
 
 STEPS = 128
 """Optimizer steps of a run on little data, unless that takes more than `EPOCHS` passes."""
-EPOCHS, SHORT_EPOCHS, SHORT = 4, 10, 16
+EPOCHS, SHORT_EPOCHS, SHORT = 4, 10, 8
 """Maximum number of epochs; that for short answers and classes, memorised later; the maximum labels of those."""
 ENCODER = 2
 """Factor of the steps and epochs of a text encoder that learns classes; its new head starts from random values."""
@@ -25,6 +25,11 @@ RATE, WIDTH, POWER = 5e-4, 2000, 0.781
 
 The fit of "LoRA Without Regret" (Schulman et al., 2025) to Llama models: ten times the rate of full fine-tuning, the
 same at every rank.
+"""
+LITTLE = 16
+"""Examples per optimizer step below which the learning rate falls with the square root of their number, unless answers
+are short: Adam's rule for small batches (Malladi et al., 2022, "On the SDEs and Scaling Rules for Adaptive Gradient
+Algorithms"). Short answers and classes learn less at the lower rate.
 """
 WARMUP, WARMUP_STEPS = 0.1, 30
 """Warm-up as a fraction of the run, and its maximum number of steps."""
@@ -67,9 +72,9 @@ def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
         per_epoch = math.ceil(count / batch_examples)
     else:
         per_epoch = math.ceil(max(facts.tokens, 1) / (train.batch_tokens or 1))
+    short = facts.labels <= SHORT
     if train.epochs is None and train.steps is None:
         least = next((passes for largest, passes in PASSES if count <= largest), 1)
-        short = facts.labels <= SHORT
         factor = ENCODER if facts.encoder and short else 1
         most = factor * (SHORT_EPOCHS if short else EPOCHS)
         epochs = max(least, min(math.ceil(factor * STEPS / per_epoch), most))
@@ -80,6 +85,8 @@ def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
             told.append("an evaluation after each (the best adapter is kept)")
     if train.learning_rate is None:
         rate = RATE * (WIDTH / (facts.width or WIDTH)) ** POWER * facts.scale
+        if not short:
+            rate *= math.sqrt(min((batch_examples or count / per_epoch) / LITTLE, 1.0))
         chosen["learning_rate"] = float(f"{rate:.2g}")
         told.append(f"a learning rate of {rate:.2g}")
     if train.warmup is None:

@@ -48,6 +48,13 @@ def test_the_rate_falls_with_the_width_of_the_base(width: int | None, rate: floa
     assert chosen(500, width=width, scale=4.0).learning_rate == pytest.approx(4 * rate, rel=0.06)
 
 
+def test_the_rate_of_longer_answers_falls_with_small_batches() -> None:
+    rates = [chosen(count, labels=40.0).learning_rate for count in (50, 250, 500, 5000)]
+    assert rates == [6.6e-4, 9.3e-4, 1.3e-3, 1.3e-3]  # batches of 4, 8, 16 and 32
+    assert chosen(50, labels=8.0).learning_rate == 1.3e-3
+    assert chosen(400, TrainSection(batch_tokens=200), labels=40.0).learning_rate == 6.6e-4  # 4 examples of 50 tokens
+
+
 def test_an_evaluation_after_each_epoch_if_the_epochs_are_chosen() -> None:
     assert chosen(500, evaluated=True).eval_every == 32
     assert chosen(500, TrainSection(epochs=3), evaluated=True).eval_every is None
