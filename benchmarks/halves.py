@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,6 @@ def main() -> None:
     if chosen.rotary:
         rotations(chosen.tokens, chosen.pairs)
         return
-    first, second = (name for name, _ in kinds)
     for dtype in (torch.float32, torch.bfloat16):
         for quantized in (False, True):
             bench = Bench(True, Path(), 600)
@@ -61,26 +60,36 @@ def main() -> None:
             model = stack(bench, quantized, chosen.dropout)
             for recomputes in (False, True):
                 recompute_layers(model, recomputes)
-                seconds: dict[str, list[float]] = {first: [], second: []}
                 step = step_of(bench, model, chosen.tokens)
                 if chosen.labels:
                     step = labelled(bench, model, chosen.tokens, chosen.labels)
-                for number in range(chosen.pairs + 1):
-                    for name, context in kinds[:: 1 if number % 2 else -1]:
-                        with context():
-                            started = time.process_time()
-                            step()
-                            if number:  # the first compiles kernels for its shapes
-                                seconds[name].append(time.process_time() - started)
-                ratios = sorted(b / a for a, b in zip(seconds[first], seconds[second], strict=True))
-                medians = {name: statistics.median(each) for name, each in seconds.items()}
-                print(
-                    f"{str(dtype).removeprefix('torch.')}, {'nf4' if quantized else 'none'}, "
-                    f"{'recomputed' if recomputes else 'kept'}: {first} {medians[first]:.3f} s, {second} "
-                    f"{medians[second]:.3f} s, {second} / {first} {statistics.median(ratios):.2f} "
-                    f"({ratios[0]:.2f} to {ratios[-1]:.2f})",
-                    flush=True,
-                )
+                how = "recomputed" if recomputes else "kept"
+                compare(f"{str(dtype).removeprefix('torch.')}, {'nf4' if quantized else 'none'}, {how}", kinds,
+                        chosen.pairs, step)  # fmt: skip
+
+
+def compare(what: str, kinds: Sequence[tuple[str, Any]], pairs: int, call: Callable[[], None]) -> None:
+    """Print the processor time of a call in two contexts, in turns and in changing order, and the ratio of each pair.
+
+    Args:
+        kinds: name and maker of each context.
+    """
+    first, second = (name for name, _ in kinds)
+    seconds: dict[str, list[float]] = {first: [], second: []}
+    for number in range(pairs + 1):
+        for name, context in kinds[:: 1 if number % 2 else -1]:
+            with context():
+                started = time.process_time()
+                call()
+                if number:  # the first compiles kernels for its shapes
+                    seconds[name].append(time.process_time() - started)
+    ratios = sorted(b / a for a, b in zip(seconds[first], seconds[second], strict=True))
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    print(
+        f"{what}: {first} {medians[first]:.3f} s, {second} {medians[second]:.3f} s, {second} / {first} "
+        f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+        flush=True,
+    )
 
 
 def rotations(tokens: int, pairs: int) -> None:

@@ -98,9 +98,7 @@ def _keeping(model: nn.Module) -> Iterator[tuple[Any, Quantizer]]:
     from budwood.model.device import device_type
     from budwood.model.quantizers import is_quantized, quantizer_of
 
-    for module in model.modules():
-        quantizer = quantizer_of(module)
-        if quantizer is None or not is_quantized(module):
-            continue
+    for module in filter(is_quantized, model.modules()):
+        quantizer: Any = quantizer_of(module)
         if device_type(quantizer.weight(module)) == "cpu" and quantizer.dense:
             yield module, quantizer
