@@ -159,7 +159,7 @@ def micro_batches(bench: Bench) -> None:
     if any(len(step) != 1 for step in ones.values()) or any(len(step) != 2 for step in twos.values()):
         raise NotApplicable(f"its micro-batches have {ones[0]} and {twos[0]} examples instead of 4 and 2 + 2")
     label = f"micro-batches of {ones[0]} and of {twos[0]} examples"
-    expect_equal(promise, whole, halves.parameters, label, bench, halves.probe.largest)
+    expect_equal(promise, whole, halves.parameters, label, bench, halves.probe)
 
 
 def two_processes(bench: Bench) -> None:

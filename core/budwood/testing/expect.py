@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from budwood.testing.bench import LEARNING_RATE, Bench, PromiseBroken, Result
-from budwood.testing.probe import distance, farthest
+from budwood.testing.probe import Probe, distance
 
 EXACT = 1e-5
 """Largest difference of a parameter between runs that split a step differently, in fp32 and without dropout."""
@@ -18,49 +18,50 @@ ROUNDING = 2.0**-24
 
 
 def expect_equal(
-    promise: str,
-    whole: Result,
-    other: dict[str, Tensor],
-    label: str,
-    bench: Bench,
-    largest: dict[str, float | None] | None = None,
+    promise: str, whole: Result, other: dict[str, Tensor], label: str, bench: Bench, probe: Probe | None = None
 ) -> None:
     """Check that the parameters of another run equal those of `whole`, within `EXACT`.
 
-    A parameter is left out if its gradients are smaller, in both runs, than a rounding of the largest gradient of all:
-    they may be zero but for rounding, as those of queries if there is one position, and Adam makes whole steps of it.
-    For gradients that are not much larger, Adam makes parts of a step of it, which are allowed too.
+    Adam divides an element's gradient by its size, and with it the rounding of the sums that have made it. Where a
+    gradient of an element was so small, in both runs, that the rounding of the largest gradient of all makes more of a
+    step than `EXACT`, that is allowed. An element whose gradient is smaller than the rounding is left out: it may be
+    zero in truth, as those of queries if there is one position.
 
     Args:
-        largest: the largest gradient of each parameter in the other run, if it is known.
+        probe: of the other run, if it is known.
 
     Raises:
         PromiseBroken: they differ; the message says where.
     """
-    runs = [whole.probe.largest, *([largest] if largest is not None else [])]
-    zero = set.intersection(*map(_rounded_away, runs))
-    ours, theirs = ({k: v for k, v in each.items() if k not in zero} for each in (whole.parameters, other))
-    allowed = {name: max(EXACT, min(_of_rounding(sizes, name) for sizes in runs)) for name in ours}
-    name, gap = farthest(ours, theirs, allowed)
-    if not gap <= allowed.get(name, EXACT):
+    probes = [whole.probe, *([probe] if probe is not None else [])]
+    found = []
+    for name in {**whole.parameters, **other}:
+        one, two = whole.parameters.get(name), other.get(name)
+        if one is None or two is None or one.shape != two.shape:
+            found.append((math.inf, math.inf, EXACT, name))
+        elif one.numel():
+            bounds = torch.stack([_allowed(each, name, one) for each in probes]).amin(0).view(-1)
+            gaps = (one.double() - two.double()).abs().view(-1)
+            worst = int((gaps - bounds).argmax())
+            found.append((float((gaps - bounds)[worst]), float(gaps[worst]), float(bounds[worst]), name))
+    failed = [each for each in found if not each[0] <= 0]
+    if failed:
+        _, gap, bound, name = max(failed)
         raise PromiseBroken(
             f"{promise}: {label} differ by {gap:.3g} in {name} after {bench.spec.steps} steps in fp32 "
-            f"(at most {allowed.get(name, EXACT):.3g} allowed). Return values per label or example, and draw noise "
+            f"(at most {bound:.3g} allowed). Return values per label or example, and draw noise "
             "from step.generator(self, example)."
         )
 
 
-def _rounded_away(largest: dict[str, float | None]) -> set[str]:
-    """Return the parameters whose gradients vanish beside the largest of all."""
-    most = max((size or 0.0 for size in largest.values()), default=0.0)
-    return {name for name, size in largest.items() if size is not None and 0 < size < ROUNDING * most}
-
-
-def _of_rounding(largest: dict[str, float | None], name: str) -> float:
-    """Return the part of a step that Adam makes of a rounding of the largest gradient, in the kit's learning rate."""
-    size = largest.get(name) or 0.0
-    most = max((each or 0.0 for each in largest.values()), default=0.0)
-    return LEARNING_RATE * ROUNDING * most / size if size else 0.0
+def _allowed(probe: Probe, name: str, like: Tensor) -> Tensor:
+    """Return the largest allowed difference of each element of a parameter, float64, in the shape of `like`."""
+    most = max((size or 0.0 for size in probe.largest.values()), default=0.0)
+    sizes = probe.smallest.get(name)
+    if sizes is None or sizes.shape != like.shape:  # never trained, or pruned after the last gradient
+        sizes = torch.full_like(like, probe.largest.get(name) or math.inf)
+    shares = ROUNDING * most / sizes.double().cpu()
+    return (LEARNING_RATE * shares).clamp(min=EXACT).masked_fill(shares > 1, math.inf)
 
 
 def expect_state(promise: str, before: dict[str, Any], after: dict[str, Any]) -> None:

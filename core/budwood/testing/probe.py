@@ -33,6 +33,8 @@ class Probe(Strategy):
         calls: forward passes in the first micro-batch of a step, likewise.
         strays: "step 1: name" of every gradient on a parameter that is in no group.
         largest: largest absolute gradient of each trained parameter over the run, by name; None without a gradient.
+        smallest: smallest absolute gradient of each of its elements since its shape last changed, without those that
+            are 0; infinite if there is no other.
         snapshot: state of the model's modules just before the step in which the probe fails.
         failed: whether it has failed.
     """
@@ -52,6 +54,7 @@ class Probe(Strategy):
         self.calls: dict[int, int] = {}
         self.strays: list[str] = []
         self.largest: dict[str, float | None] = {}
+        self.smallest: dict[str, Tensor] = {}
         self.snapshot: dict[str, Any] = {}
         self.failed = False
         self.run: Run | None = None
@@ -104,7 +107,11 @@ class Probe(Strategy):
             name, gradient = named[id(parameter)], parameter.grad
             self.largest.setdefault(name, None)
             if gradient is not None and gradient.numel():
-                self.largest[name] = max(self.largest[name] or 0.0, float(gradient.abs().max()))
+                sizes = gradient.abs()
+                self.largest[name] = max(self.largest[name] or 0.0, float(sizes.max()))
+                sizes = sizes.masked_fill(sizes == 0, float("inf"))
+                before = self.smallest.get(name, sizes)
+                self.smallest[name] = torch.minimum(before, sizes) if before.shape == sizes.shape else sizes
 
     def changed_base(self) -> list[str]:
         """Return the tensors of the base that have changed, each with the largest difference."""
@@ -166,15 +173,12 @@ def named_parameters(run: Run) -> dict[str, Tensor]:
     return {f"{g.name}: {name}": p.detach().clone() for g in run.groups for name, p in g.parameters.items()}
 
 
-def farthest(
-    first: Mapping[str, Tensor], second: Mapping[str, Tensor], allowed: Mapping[str, float] | None = None
-) -> tuple[str, float]:
-    """Return the name of the tensor that differs most between two runs, beyond what is `allowed`, and the difference.
+def farthest(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> tuple[str, float]:
+    """Return the name of the tensor that differs most between two runs, and the difference.
 
     The difference of a tensor that only one of them has is infinite.
     """
-    allowed = allowed or {}
     names: Sequence[str] = [*first, *(name for name in second if name not in first)]
     gaps = {n: distance(first[n], second[n]) if n in first and n in second else float("inf") for n in names}
-    worst = max(gaps, key=lambda name: gaps[name] - allowed.get(name, 0.0))
+    worst = max(gaps, key=lambda name: gaps[name])
     return worst, gaps[worst]

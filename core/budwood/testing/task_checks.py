@@ -116,7 +116,7 @@ def splits(bench: TaskBench) -> None:
             "examples. Make rows of similar lengths."
         )
     label = f"micro-batches of {ones[0]} and of {several[0]} examples"
-    expect_equal(promise, whole, parts.parameters, label, bench, parts.probe.largest)
+    expect_equal(promise, whole, parts.parameters, label, bench, parts.probe)
     for name in (name for name in whole.run.metrics if name.startswith("eval_")):
         before, after = whole.run.metrics[name], parts.run.metrics[name]
         if not abs(before - after) <= 10 * EXACT * max(1.0, abs(before)):

@@ -168,14 +168,28 @@ def test_the_strategy_under_test_is_registered_under_a_unique_name() -> None:
     assert bench.register(broken.LoRA) == "lora"
 
 
-@pytest.mark.parametrize(("whole", "parts", "differs"), [(1e-9, 1e-9, False), (1e-9, 1e-4, True), (5e-7, 5e-7, True)])
-def test_a_parameter_is_left_out_only_if_its_gradient_is_rounding_in_both_runs(
-    whole: float, parts: float, differs: bool
+def fixed_probe(sizes: list[float]) -> SimpleNamespace:
+    """The probe of a run whose parameter `b` had these gradients, and `a` larger ones."""
+    return SimpleNamespace(largest={"a": 1.0, "b": max(sizes)}, smallest={"a": torch.ones(2), "b": torch.tensor(sizes)})
+
+
+@pytest.mark.parametrize(
+    ("whole", "parts", "gap", "differs"),
+    [
+        ([1e-9, 1e-9], [1e-9, 1e-9], 1e-2, False),
+        ([1e-9, 1e-9], [1e-4, 1e-4], 1e-2, True),
+        ([5e-7, 5e-7], [5e-7, 5e-7], 1e-2, True),
+        ([1.0, 1e-6], [1.0, 1e-6], 5e-4, False),
+        ([1.0, 1e-6], [1.0, 1e-6], 1e-3, True),
+        ([1.0, 1.0], [1.0, 1.0], 2e-5, True),
+    ],
+)
+def test_only_elements_with_gradients_near_rounding_may_differ(
+    whole: list[float], parts: list[float], gap: float, differs: bool
 ) -> None:
-    first = SimpleNamespace(
-        probe=SimpleNamespace(largest={"a": 1.0, "b": whole}), parameters={"a": torch.zeros(2), "b": torch.zeros(2)}
-    )
+    """By 1e-2 · 2^-24 / gradient, in both runs, since the kit's rate is 1e-2 and the largest gradient here is 1."""
+    first = SimpleNamespace(probe=fixed_probe(whole), parameters={"a": torch.zeros(2), "b": torch.zeros(2)})
     runs = SimpleNamespace(spec=SimpleNamespace(steps=3))
-    others = {"a": torch.zeros(2), "b": torch.full((2,), 1e-2)}
-    with pytest.raises(PromiseBroken, match="differ by 0.01 in b") if differs else nullcontext():
-        expect_equal("a promise", first, others, "two runs", runs, {"a": 1.0, "b": parts})
+    others = {"a": torch.zeros(2), "b": torch.tensor([0.0, gap])}
+    with pytest.raises(PromiseBroken, match=f"differ by {gap:.3g} in b") if differs else nullcontext():
+        expect_equal("a promise", first, others, "two runs", runs, fixed_probe(parts))
