@@ -9,13 +9,17 @@ at 20 to 70 tokens the others are faster.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from budwood.model.device import device_type
-from budwood.model.ops.dropout import dropout as drop_weights
+from budwood.model.ops.dropout import drop, drop_again, drop_factor
 
 LONGEST = 40
 """Longest segment of a row that is computed in batches."""
@@ -40,7 +44,7 @@ def batched_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Compute attention within each segment of one packed row; scores and softmax are fp32.
+    """Compute attention within each segment of one packed row, in fp32.
 
     Args:
         query: [1, H, T, D].
@@ -58,39 +62,115 @@ def batched_attention(
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
-    outputs = []
-    batches, order = _layout(segments, causal, window, query.device)
-    for tokens, mask in batches:
-        rows = [x.index_select(0, tokens.flatten()).view(*tokens.shape, *x.shape[1:]) for x in (q, k, v)]
-        out = _attend(rows[0], rows[1], rows[2], mask, scaling, dropout)
-        outputs.append(out.flatten(0, 1))  # [segments · length, H, Dv]
-    return torch.cat(outputs).index_select(0, order)[None]
+    out: Tensor = _BatchedAttention.apply(q, k, v, segments, (causal, window), scaling, dropout)
+    return out[None]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, dropout: float) -> Tensor:
-    """Compute attention of a batch, [n, L, heads, D] to [n, L, H, Dv]."""
-    count, length, heads, size = query.shape
-    shared = heads // key.shape[2]  # query heads for each head of keys and values
-    q = query.view(count, length, -1, shared, size).permute(0, 2, 3, 1, 4).reshape(-1, shared * length, size)
-    k, v = (x.transpose(1, 2).reshape(-1, length, x.shape[-1]) for x in (key, value))
-    wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):  # it would compute the scores in 16 bit
-        scores = torch.bmm(q.to(wide) * scaling, k.to(wide).mT).view(count, -1, shared, length, length)
-    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).to(v.dtype)
-    weights = drop_weights(weights, dropout).view(-1, shared * length, length)
-    out = torch.bmm(weights, v).view(count, -1, shared, length, v.shape[-1])
-    return out.permute(0, 3, 1, 2, 4).reshape(count, length, heads, -1)
+class _BatchedAttention(torch.autograd.Function):
+    """Apply(query [T, H, D], key, value, segments, (causal, window), scaling, dropout) to [T, H, Dv].
+
+    With P = softmax(s Q Kᵀ + mask), D = its mask of dropout, and O = (P ∘ D) V: ∂V = (P ∘ D)ᵀ ∂O,
+    ∂P = D ∘ (∂O Vᵀ), ∂S = P ∘ (∂P - rowsum(P ∘ ∂P)), ∂Q = s ∂S K, ∂K = s ∂Sᵀ Q. The gradients of padded queries are 0,
+    so that padding has no gradient, and that of a token is at its one place in the batches.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: tuple[int, ...],
+        reach: tuple[bool, int | None], scaling: float, dropout: float,
+    ) -> Tensor:  # fmt: skip
+        layout = _layout(segments, *reach, query.device)
+        heads, shared = query.shape[1], query.shape[1] // key.shape[1]
+        wide = torch.promote_types(query.dtype, torch.float32)
+        saved: list[Tensor] = []
+        outputs = []
+        with torch.autocast(query.device.type, enabled=False):  # it would compute the scores in 16 bit
+            for batch in layout.batches:
+                q, k = _take(query, batch, shared).to(wide), _take(key, batch, 1).to(wide)
+                v = _take(value, batch, 1)
+                mask = batch.mask.to(wide).expand(len(batch.tokens), heads // shared, shared, -1, -1)
+                if mask.shape[-2] > 1:
+                    mask = mask.expand(-1, -1, -1, k.shape[1], -1).reshape(len(q), -1, k.shape[1])
+                else:
+                    mask = mask[:, :, 0].reshape(len(q), 1, -1)
+                weights = torch.baddbmm(mask, q, k.mT, alpha=scaling).softmax(-1)
+                kept, drawn = weights.to(v.dtype), weights.new_empty(0)
+                if dropout:
+                    kept, drawn = drop(kept, dropout)
+                outputs.append(torch.bmm(kept, v))
+                if dropout:
+                    outputs[-1].mul_(drop_factor(v, dropout))
+                saved += [q, k, v, weights, drawn]
+            result = _give(outputs, layout, shared)
+        ctx.save_for_backward(*saved)
+        ctx.layout, ctx.shared, ctx.scaling, ctx.dropout = layout, shared, scaling, dropout
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        found: tuple[list[Tensor], ...] = ([], [], [])
+        saved = ctx.saved_tensors
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            for i, batch in enumerate(ctx.layout.batches):
+                q, k, v, weights, drawn = saved[5 * i : 5 * i + 5]
+                gradient = _take(gradients[0].to(v.dtype), batch, ctx.shared)
+                gradient.view(len(batch.tokens), -1, k.shape[1], v.shape[2]).mul_(batch.real)
+                if ctx.dropout:
+                    gradient.mul_(drop_factor(v, ctx.dropout))
+                kept, of_weights = weights.to(v.dtype), torch.bmm(gradient, v.mT)
+                if ctx.dropout:
+                    kept, of_weights = (drop_again(x, drawn, ctx.dropout) for x in (kept, of_weights))
+                of_weights = of_weights.to(weights.dtype)
+                of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scaling)
+                for parts, part in zip(found, (of_scores @ k, of_scores.mT @ q, kept.mT @ gradient), strict=True):
+                    parts.append(part.to(gradients[0].dtype))
+            given = [_give(parts, ctx.layout, n) for parts, n in zip(found, (ctx.shared, 1, 1), strict=True)]
+        return (*given, None, None, None, None)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Segments that are padded to one length L.
+
+    Attributes:
+        tokens: index of each token in the row, [segments, L] int64; padding repeats the first.
+        mask: [segments, 1, 1, L or 1, L], what is added to the scores: 0, or the smallest number of fp32.
+        real: [segments, 1, L, 1] fp32: 1, or 0 for padding.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    real: Tensor
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The batches of a row; and the place of each of its tokens in their concatenation, [T] int64."""
+
+    batches: tuple[_Batch, ...]
+    order: Tensor
+
+
+def _take(x: Tensor, batch: _Batch, shared: int) -> Tensor:
+    """Return the tokens of a batch, [T, heads, D] to [segments · heads / shared, shared · L, D]."""
+    count, length = batch.tokens.shape
+    found = x.index_select(0, batch.tokens.view(-1)).view(count, length, *x.shape[1:]).transpose(1, 2)
+    return found.reshape(-1, shared * length, x.shape[-1])
+
+
+def _give(parts: Sequence[Tensor], layout: _Layout, shared: int) -> Tensor:
+    """Return what `_take` has taken, of all batches: [T, heads, D]."""
+    rows = []
+    for part, batch in zip(parts, layout.batches, strict=True):
+        count, length = batch.tokens.shape
+        rows.append(part.view(count, -1, length, part.shape[-1]).transpose(1, 2).flatten(0, 1))
+    return (rows[0] if len(rows) == 1 else torch.cat(rows)).index_select(0, layout.order)
 
 
 @functools.lru_cache(maxsize=8)
-def _layout(
-    segments: tuple[int, ...], causal: bool, window: int | None, device: torch.device
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Return the batches of a row, and the index of each of its tokens in their concatenated outputs.
-
-    A batch has the index of each token, [segments, length], and the mask, bool [segments, 1, 1, length, length], True:
-    attend. Padding repeats a segment's first token, to which none of its tokens attends again.
-    """
+def _layout(segments: tuple[int, ...], causal: bool, window: int | None, device: torch.device) -> _Layout:
+    """Return the batches of a row. Padding attends to its segment's first token, and to it alone."""
     bounds = np.asarray(segments)
     starts, lengths = bounds[:-1], np.diff(bounds)
     padded = PAD * 2 ** np.ceil(np.log2(np.maximum(lengths / PAD, 1))).astype(np.int64)
@@ -102,12 +182,15 @@ def _layout(
         real = at < lengths[members, None]
         tokens = starts[members, None] + np.where(real, at, 0)
         reach = at[:, None] - at[None, :]
-        near = np.ones((length, length), dtype=bool) if window is None else np.abs(reach) < window
-        mask = (near & (reach >= 0) if causal else near) & real[:, None, :]
-        mask[:, :, 0] |= ~real  # padding attends to something, so that its softmax is finite
+        near = np.ones((1, length), dtype=bool) if window is None else np.abs(reach) < window
+        attends = (near & (reach >= 0) if causal else near) & real[:, None, :]
+        if len(near) > 1:
+            attends[:, :, 0] |= ~real  # so that the softmax of padding is finite
         order[tokens[real]] = done + np.flatnonzero(real)
         done += real.size
+        mask = np.where(attends, 0, np.finfo(np.float32).min).astype(np.float32)
+        arrays = tokens, mask[:, None, None], real.astype(np.float32)[:, None, :, None]
         with torch.inference_mode(False):
-            batches.append((torch.from_numpy(tokens).to(device), torch.from_numpy(mask[:, None, None]).to(device)))
+            batches.append(_Batch(*(torch.from_numpy(array).to(device) for array in arrays)))
     with torch.inference_mode(False):
-        return batches, torch.from_numpy(order).to(device)
+        return _Layout(tuple(batches), torch.from_numpy(order).to(device))
