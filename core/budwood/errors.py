@@ -115,8 +115,10 @@ def plural(count: int, noun: str, plural_noun: str = "") -> str:
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the closest of `choices`, or an empty string if none is close."""
+    """Return " Did you mean 'x'?" for the closest of `choices` in any case, or an empty string if none is close."""
     choices = list(choices)
-    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    lower = {choice.lower(): choice for choice in reversed(choices)}
+    near = [choice for choice in choices if choice.lower() == name.lower()][:1]
+    near = near or [lower[close] for close in difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)]
     near = near or [c for c in choices if "".join(word[:1] for word in re.split("[_-]", c)) == name]  # lr, wd
     return f" Did you mean '{near[0]}'?" if near else ""

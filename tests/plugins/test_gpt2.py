@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from budwood import AdapterPool, Run
 from budwood.adapters.export import export
+from budwood.model.originals import OriginalWeights
 from budwood.model.text_tasks import CausalLM
 from budwood.recipe.schema import Recipe
 from budwood.serving.merge import merge
@@ -166,3 +167,16 @@ def test_a_run_trains_is_verified_and_merges(gpt2: Path, tmp_path: Path, quantiz
     assert merged.unquantized.largest < 1e-4
     if quantization == "none":
         close(logits(load(tmp_path / "merged"))[0, -1], adapted[0])
+
+
+def test_initialisations_read_transposed_weights_of_a_quantised_base(gpt2: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": f"games section {i} library"}) + "\n" for i in range(8)))
+    recipe = Recipe.from_dict({
+        "base": {"model": str(gpt2), "quantization": "nf4"}, "data": {"train": str(data), "eval": "none"},
+        "strategies": [{"lora": {"rank": 4}}, "loftq"], "train": {"steps": 1}, "output": str(tmp_path / "run"),
+    })  # fmt: skip
+    run = tune(recipe)
+    original = load(gpt2).get_submodule("transformer.h.0.attn.c_attn").weight.detach()
+    weights = OriginalWeights(run.base.model, gpt2).read("transformer.h.0.attn.c_attn")
+    assert weights.shape == (192, 64) and weights.equal(original.t())

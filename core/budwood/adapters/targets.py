@@ -242,8 +242,11 @@ def matches(pattern: str, name: str) -> bool:
         raise InputError(f"'{shorten(pattern)}' is not a regular expression: {error}.") from error
 
 
-def match_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
+def match_modules(model: nn.Module, names: Sequence[str], option: str = "modules_to_save") -> list[str]:
     """Return the full names of the modules called `names`, or whose names end in one of these, component by component.
+
+    Args:
+        option: that holds `names`, for messages.
 
     Raises:
         InputError: one matches no module, with the nearest name; or a list of modules, a module in another one, or
@@ -258,17 +261,17 @@ def match_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
         hits = [name for name in known if ends_with(name, wanted)]
         if not hits:
             last = sorted({name.rpartition(".")[2] for name in known if not name.rpartition(".")[2].isdigit()})
-            raise InputError(f"modules_to_save: the model has no module '{wanted}'.{did_you_mean(wanted, last)}")
+            raise InputError(f"{option}: the model has no module '{wanted}'.{did_you_mean(wanted, last)}")
         listed = next((name for name in hits if type(modules[name]).forward is Module.forward), None)
         if listed is not None:
-            raise InputError(f"modules_to_save: '{listed}' is a list of modules: name those in it, such as {listed}.0.")
+            raise InputError(f"{option}: '{listed}' is a list of modules: name those in it, such as {listed}.0.")
         found += [name for name in hits if name not in found]
     for name in found:
         reject_quantized(name, modules[name])
     for inner in found:
         outer = next((name for name in found if inner.startswith(f"{name}.")), None)
         if outer is not None:
-            raise InputError(f"modules_to_save: '{inner}' is part of '{outer}', which trains whole: name one of them.")
+            raise InputError(f"{option}: '{inner}' is part of '{outer}', which trains whole: name one of them.")
     return found
 
 

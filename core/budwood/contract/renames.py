@@ -59,6 +59,8 @@ def renamed(key: str, known: Collection[str], model: type[BaseModel], place: Seq
         model: the recipe's model, or that of a strategy's options.
         place: the location of the section in it.
     """
+    if own := getattr(model, "other_names", {}).get(key):
+        return f" Did you mean '{own}'?"
     target = NAMES.get(key.lower(), "")
     section, _, name = target.rpartition(".")
     is_here = section == ".".join(map(str, place)) or section.partition(".")[0] not in model.model_fields

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import pluggy
@@ -26,6 +27,9 @@ class Options(BaseModel):
     """Base class of a strategy's options: frozen; refuses unknown keys, NaN and infinities."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    other_names: ClassVar[Mapping[str, str]] = {}
+    """Option by the name that another tool has for it; a recipe with that name is told the option's."""
 
 
 class Plugin:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from budwood.errors import InputError
 from budwood.model.checkpoint import read_tensors, resolve
-from budwood.model.quantizers import is_transposed, linear_shape
+from budwood.model.quantizers import linear_shape
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,7 +42,7 @@ class OriginalWeights:
         module: Any = self.model.get_submodule(path)
         module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
         shape = linear_shape(module)
-        stored = shape[::-1] if is_transposed(module) else shape
+        stored = shape[::-1] if _stored_transposed(module) else shape
         for key in (f"{path}.weight", f"{path.removeprefix(prefix)}.weight"):
             info = self._tensors.get(key)
             if info is not None and info.shape == tuple(stored) and info.dtype in ("F32", "F16", "BF16", "F64"):
@@ -67,4 +67,9 @@ class OriginalWeights:
         weight: Tensor = self._files[file].get_tensor(key).float()
         module: Any = self.model.get_submodule(path)
         module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-        return weight.t() if is_transposed(module) else weight
+        return weight.t() if _stored_transposed(module) else weight
+
+
+def _stored_transposed(module: nn.Module) -> bool:
+    """Return whether the checkpoint holds the weight as [in, out]; a quantised linear keeps the class that it had."""
+    return getattr(module, "source_cls", type(module)).__name__ == "Conv1D"

@@ -73,18 +73,19 @@ def recipe_tokenizer(recipe: Recipe) -> Any:
     return tokenizer
 
 
-def recipe_skeleton(recipe: Recipe, auto_class: str, tokenizer: Any) -> Any:
+def recipe_skeleton(recipe: Recipe, auto_class: str, tokenizer: Any, **model_kwargs: Any) -> Any:
     """Build the base's modules on the meta device, with embeddings for the tokenizer's tokens if the recipe says so.
 
     Args:
         tokenizer: None if the task needs none.
+        model_kwargs: see `skeleton`.
 
     Raises:
         InputError: see `skeleton` and `resize`; or the task has no tokens.
         CorruptError: see `skeleton`.
     """
     base = recipe.base
-    model = skeleton(base.model, auto_class, base.trust_remote_code)
+    model = skeleton(base.model, auto_class, base.trust_remote_code, **model_kwargs)
     if base.resize_embeddings:
         resize(model, embeddings_wanted(recipe, tokenizer), base.model)
     return model

@@ -71,7 +71,7 @@ from budwood.training.run_data import read_data
 from budwood.training.sampling import sample
 from budwood.training.schedule import make_scheduler, warmup_note
 from budwood.training.sharding import check_trained, describe_processes, naming_whole_weights, shards_base
-from budwood.training.starting import check_classes, check_start, complete_start, naming_start
+from budwood.training.starting import check_classes, check_fit, check_start, complete_start, naming_start
 from budwood.training.step import Engine
 from budwood.untrusted.chat_template import today
 from budwood.untrusted.files import complete_file
@@ -183,6 +183,7 @@ def _prepare(
         read_data(run, hooks, report, date, model, resume)
     recipe = run.recipe
     check_classes(run)
+    check_fit(run)
     plan.steps = run.steps
     check_plan(plan, hooks)
     check_agreement(run)
@@ -349,7 +350,7 @@ def plan_run(run: Run, hooks: Composition) -> Plan:
 def adapt_model(run: Run, hooks: Composition) -> None:
     """Let the strategies change the base, and collect what trains."""
     complete_start(run)
-    with naming_start(run), naming_whole_weights(run):
+    with naming_start(run.start_adapter, run.base.fingerprint), naming_whole_weights(run):
         run.model = prepare_model(run, hooks)
     train = run.recipe.train
     recompute_layers(run.model, train.gradient_checkpointing, train.activation_offloading)

@@ -10,9 +10,12 @@ from budwood.adapters.match import mismatch
 from budwood.adapters.peft_config import MisfitError
 from budwood.adapters.store import SavedAdapter
 from budwood.adapters.targets import whole_modules
+from budwood.contract.calls import ask_owner
+from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Run
 from budwood.errors import CorruptError, InputError
 from budwood.recipe.continued import check_base_of
+from budwood.recipe.data import recipe_skeleton
 
 
 def check_classes(run: Run) -> None:
@@ -31,6 +34,26 @@ def check_classes(run: Run) -> None:
         f"adapter: {saved.directory} was trained on the classes {theirs}, and the data has {ours}: they must be the "
         "same, in the same order."
     )
+
+
+def check_fit(run: Run) -> None:
+    """Attach the adapter that the run continues to the base without weights, as the run will to the loaded one.
+
+    An adapter of another task is left out: modules of the loaded base complete it.
+
+    Raises:
+        InputError, CorruptError: its tensors do not fit the base or its config, or are not finite.
+    """
+    saved, task = run.start_adapter, run.task
+    if saved is None or isinstance(saved, CarriedAdapter):
+        return
+    kwargs = task.model_kwargs(run.examples.labels)
+    model = recipe_skeleton(run.recipe, task.auto_class, run.tokenizer, **kwargs)
+    owner = next(s for s in run.strategies if s.name == saved.adapter_type)
+    with naming_start(saved):
+        tensors = saved.load_tensors()
+        ask_owner(owner, "attach_adapter", model=model, config=saved.config, tensors=tensors, name=RUN_ADAPTER)
+        ask_owner(owner, "detach_adapter", model=model, name=RUN_ADAPTER)
 
 
 def check_start(run: Run, saved: SavedAdapter) -> None:
@@ -53,8 +76,11 @@ def check_start(run: Run, saved: SavedAdapter) -> None:
 
 
 @contextmanager
-def naming_start(run: Run) -> Iterator[None]:
+def naming_start(saved: SavedAdapter | None, fingerprint: str = "") -> Iterator[None]:
     """Name the adapter that the run continues in errors about its tensors.
+
+    Args:
+        fingerprint: of the base; empty before it is loaded.
 
     Raises:
         InputError, CorruptError: see `mismatch`.
@@ -62,11 +88,13 @@ def naming_start(run: Run) -> Iterator[None]:
     try:
         yield
     except CorruptError as error:
-        saved = run.start_adapter
         if saved is None or str(saved.directory) in str(error):
             raise
-        if isinstance(error, MisfitError) and mismatch(saved, run.base.fingerprint) is InputError:
-            raise InputError(f"adapter: {saved.directory}: {error} Give the base that it was trained on.") from error
+        if isinstance(error, MisfitError) and mismatch(saved, fingerprint) is InputError:
+            files = ", or its complete files" if saved.manifest is None else ""  # otherwise they are as saved
+            raise InputError(
+                f"adapter: {saved.directory}: {error} Give the base that it was trained on{files}."
+            ) from error
         raise type(error)(f"adapter: {saved.directory}: {error}") from error
 
 

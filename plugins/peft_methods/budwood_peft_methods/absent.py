@@ -14,10 +14,11 @@ beft = (
     "trains biases, which cannot be merged into linears that have none: use glora with weight: none, coupling: none, "
     "bias: vector on a base with biases, or ia3"
 )
+bone = "has become miss in PEFT, where `variant: bat` is what Bone called bat: use miss"
 cartridge = _PROMPTS
 cpt = _PROMPTS
 deft = (
-    "starts as the base only up to the rounding of a product with its weights: use lora, or hra, which starts as the "
+    "starts as the base only up to the rounding of a product with its weights: use lora, or oft, which starts as the "
     "base exactly"
 )
 frod = (

@@ -66,6 +66,12 @@ def create(strategy: PeftMethod, run: Run, model: nn.Module) -> Placed:
             strategy.Options.FIELDS[name]: getattr(strategy.options, name) for name in strategy.Options.TRAINING
         }
         saved, tensors = run.start_adapter.config, run.start_adapter.load_tensors()
+        for field, value in strategy.Options.INIT.items():
+            if field.endswith("dropout") and saved.get(field, value) != value:
+                run.say(
+                    f"{strategy.name}: the adapter's '{field}: {saved[field]}' is not supported in training: this run "
+                    "trains without it"
+                )
         placed = attach(strategy, model, saved, tensors, RUN_ADAPTER, training, run.planning)
     else:
         options = strategy.options
@@ -132,7 +138,7 @@ def attach(
 
     Args:
         training: fields of PEFT's config that only affect training, in place of the file's.
-        planning: tensors have no values.
+        planning: tensors have no values; nor do those of a model on the meta device.
 
     Raises:
         CorruptError: config, tensors and model do not match.
@@ -143,6 +149,7 @@ def attach(
     whole = saved_whole_modules(model, saved.selection, tensors)
     tokens, tensors = saved_tokens(model, saved.selection, tensors, whole)
     fields = saved.fields(targets) | dict(training or {})
+    planning |= next(model.parameters()).is_meta
     placed = _place(strategy, model, fields, targets, whole, tokens, name, saved.options.needs_weight, False, planning)
     try:
         fit_whole(model, name, tensors)

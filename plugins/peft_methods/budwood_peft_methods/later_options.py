@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from budwood_peft_methods.options import RANK, SIZE, MethodOptions, dropout_of, indivisible
+from budwood_peft_methods.options import RANK, SIZE, MethodOptions, dropout_of
 
 WAVELETS = tuple(
     f"{family}{order}"
@@ -39,15 +39,14 @@ class VBLoRAOptions(MethodOptions):
     TRAINING = frozenset({"dropout", "bank_bound", "logits_std"})
     INIT = {}
     ONLY = {"save_only_topk_weights": (False, "such a file has no logits, which training and combining need")}
+    DIVISORS = {"vector_length": ("input", "output")}
 
     def misfit(self, outputs: int, inputs: int) -> str:
         if self.topk < 2 or self.topk & (self.topk - 1):
             return f"topk {self.topk} is none of 2, 4, 8, …, with which the mixtures cancel exactly at the start"
         if self.topk > self.vectors:
             return f"topk {self.topk} is above the number of vectors {self.vectors}"
-        return indivisible(inputs, "input", self, "vector_length") or indivisible(
-            outputs, "output", self, "vector_length"
-        )
+        return ""
 
 
 class WaveFTOptions(MethodOptions):
@@ -177,3 +176,9 @@ class GLoRAOptions(MethodOptions):
     )
 
     FIELDS = {"rank": "r", "weight": "config_A_B", "coupling": "config_C", "bias": "config_D_E"}
+
+    @model_validator(mode="after")
+    def _trains(self) -> GLoRAOptions:
+        if (self.weight, self.coupling, self.bias) == ("none", "none", "none"):
+            raise ValueError("weight, coupling and bias are all none: nothing would train")
+        return self

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+from annotated_types import MultipleOf
 from pydantic import Field, field_validator, model_validator
 
 from budwood import Layers, ModulesToSave, Options, Targets
@@ -24,6 +26,8 @@ class MethodOptions(Options):
         INIT: fields of PEFT's config with the value that a new adapter gets; what a file says there has no effect.
         ONLY: fields with the only supported value, and why.
         PATTERNS: fields that map modules to values of their own, which a file may have.
+        DIVISORS: options that divide sizes of all adapted linears, unless they are 0: of inputs, of outputs or both.
+        other_names: see `Options`: those of PEFT's config.
     """
 
     targets: Targets = "all-linear"
@@ -35,6 +39,11 @@ class MethodOptions(Options):
     INIT: ClassVar[dict[str, Any]] = {"init_weights": True}
     ONLY: ClassVar[dict[str, tuple[Any, str]]] = {}
     PATTERNS: ClassVar[tuple[str, ...]] = ()
+    DIVISORS: ClassVar[dict[str, tuple[str, ...]]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        cls.other_names = {field: option for option, field in cls.FIELDS.items() if field != option}
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of PEFT's config that belong to the method."""
@@ -47,6 +56,32 @@ class MethodOptions(Options):
 
     def misfit_of_all(self, shapes: Sequence[tuple[int, int]]) -> str:
         """Return why the method cannot adapt linears [out, in] of these shapes together; "": it can."""
+        return ""
+
+    def indivisible(self, shapes: Mapping[str, tuple[int, int]]) -> str:
+        """Return which linear has a size that an option of `DIVISORS` does not divide; "": there is none.
+
+        Args:
+            shapes: [out, in] of the linears, by full name.
+        """
+        for option, sides in self.DIVISORS.items():
+            value = getattr(self, option)
+            sizes = {
+                (path, side): size
+                for path, shape in shapes.items()
+                for side, size in zip(("output", "input"), shape, strict=True)
+                if side in sides
+            }
+            for (path, side), size in sizes.items() if value else ():
+                if size % value:
+                    field = type(self).model_fields[option]
+                    step = next((m.multiple_of for m in field.metadata if isinstance(m, MultipleOf)), 1)
+                    common = math.gcd(*sizes.values())
+                    fits = [n for n in range(2, min(value, common) + 1) if common % n == 0 and n % step == 0]
+                    remedy = f"{fits[-1]} divides all" if fits else "name targets whose sizes have a common divisor"
+                    return (
+                        f"'{path}' cannot be adapted: {option} {value} does not divide its {side} size {size}; {remedy}"
+                    )
         return ""
 
     @property
@@ -133,13 +168,11 @@ class OFTOptions(MethodOptions):
     TRAINING = frozenset({"dropout"})
     INIT = {"init_weights": True, "eps": 6e-5}
     ONLY = {"coft": (False, "it changes the weights in every forward pass")}
+    DIVISORS = {"block_size": ("input",), "blocks": ("input",)}
 
     @model_validator(mode="after")
     def _one_of_both(self) -> OFTOptions:
         return _one_of(self, "block_size", "blocks")
-
-    def misfit(self, outputs: int, inputs: int) -> str:
-        return indivisible(inputs, "input", self, "block_size", "blocks")
 
 
 class BOFTOptions(MethodOptions):
@@ -155,13 +188,11 @@ class BOFTOptions(MethodOptions):
     ONLY = {
         "boft_n_butterfly_factor": (1, "without PEFT's CUDA extension PEFT takes 1 instead, without an error"),
     }
+    DIVISORS = {"block_size": ("input",), "blocks": ("input",)}
 
     @model_validator(mode="after")
     def _one_of_both(self) -> BOFTOptions:
         return _one_of(self, "block_size", "blocks")
-
-    def misfit(self, outputs: int, inputs: int) -> str:
-        return indivisible(inputs, "input", self, "block_size", "blocks")
 
 
 class IA3Options(MethodOptions):
@@ -188,6 +219,12 @@ class VeRAOptions(MethodOptions):
         "dropout": "vera_dropout",
     }  # fmt: skip
     TRAINING = frozenset({"dropout", "d_initial"})
+
+    @model_validator(mode="after")
+    def _trains(self) -> VeRAOptions:
+        if self.d_initial == 0:
+            raise ValueError("d_initial 0: both vectors would start at 0, where neither has a gradient")
+        return self
 
 
 class FourierFTOptions(MethodOptions):
@@ -245,6 +282,32 @@ class MiSSOptions(MethodOptions):
             return f"with variant: mini its {outputs} outputs must be a multiple of mini_rank {self.mini_rank}"
         return ""
 
+    def indivisible(self, shapes: Mapping[str, tuple[int, int]]) -> str:
+        """Return which linear has a size that an option of `DIVISORS` does not divide; "": there is none.
+
+        Args:
+            shapes: [out, in] of the linears, by full name.
+        """
+        for option, sides in self.DIVISORS.items():
+            value = getattr(self, option)
+            sizes = {
+                (path, side): size
+                for path, shape in shapes.items()
+                for side, size in zip(("output", "input"), shape, strict=True)
+                if side in sides
+            }
+            for (path, side), size in sizes.items() if value else ():
+                if size % value:
+                    field = type(self).model_fields[option]
+                    step = next((m.multiple_of for m in field.metadata if isinstance(m, MultipleOf)), 1)
+                    common = math.gcd(*sizes.values())
+                    fits = [n for n in range(2, min(value, common) + 1) if common % n == 0 and n % step == 0]
+                    remedy = f"{fits[-1]} divides all" if fits else "name targets whose sizes have a common divisor"
+                    return (
+                        f"'{path}' cannot be adapted: {option} {value} does not divide its {side} size {size}; {remedy}"
+                    )
+        return ""
+
     @property
     def needs_weight(self) -> bool:
         return self.variant == "bat"
@@ -289,9 +352,7 @@ class C3AOptions(MethodOptions):
 
     FIELDS = {"block_size": "block_size"}
     PATTERNS = ("block_size_pattern",)
-
-    def misfit(self, outputs: int, inputs: int) -> str:
-        return indivisible(inputs, "input", self, "block_size") or indivisible(outputs, "output", self, "block_size")
+    DIVISORS = {"block_size": ("input", "output")}
 
 
 class RoAdOptions(MethodOptions):
@@ -303,9 +364,7 @@ class RoAdOptions(MethodOptions):
     group_size: int = Field(64, ge=2, le=SIZE, multiple_of=2, description="outputs that are paired among themselves")
 
     FIELDS = {"variant": "variant", "group_size": "group_size"}
-
-    def misfit(self, outputs: int, inputs: int) -> str:
-        return indivisible(outputs, "output", self, "group_size")
+    DIVISORS = {"group_size": ("output",)}
 
 
 class GraLoRAOptions(MethodOptions):
@@ -321,11 +380,12 @@ class GraLoRAOptions(MethodOptions):
         "rank": "r", "hybrid_rank": "hybrid_r", "alpha": "alpha", "blocks": "gralora_k", "dropout": "gralora_dropout",
     }  # fmt: skip
     TRAINING = frozenset({"dropout"})
+    DIVISORS = {"blocks": ("input", "output")}
 
     def misfit(self, outputs: int, inputs: int) -> str:
         if self.rank % self.blocks:
             return f"rank {self.rank} is no multiple of blocks {self.blocks}"
-        return indivisible(inputs, "input", self, "blocks") or indivisible(outputs, "output", self, "blocks")
+        return ""
 
 
 class DeLoRAOptions(MethodOptions):
@@ -360,16 +420,6 @@ def _one_of(options: Any, first: str, second: str) -> Any:
     if given == [False, False]:
         raise ValueError(f"{first} and {second} are both 0")
     return options
-
-
-def indivisible(size: int, what: str, options: Any, *names: str) -> str:
-    """Return which of the options does not divide a size, and the nearest value that does; "": all divide it."""
-    for name in names:
-        value = getattr(options, name)
-        if value and size % value:
-            near = next(divisor for divisor in range(min(value, size), 0, -1) if size % divisor == 0)
-            return f"{name} {value} does not divide its {what} size {size}; {near} does"
-    return ""
 
 
 class LNTuningOptions(Options):

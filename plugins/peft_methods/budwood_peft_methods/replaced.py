@@ -91,7 +91,7 @@ def norm_targets(strategy: LNTuning, model: nn.Module) -> list[str]:
     """
     if strategy.options.targets == "all-norms":
         return norms(model)
-    found = match_modules(model, strategy.options.targets)
+    found = match_modules(model, strategy.options.targets, "targets")
     for path in found:
         if any(parameter.ndim > 1 for parameter in model.get_submodule(path).parameters()):
             raise InputError(f"targets: '{path}' is no norm, since it holds a matrix: use modules_to_save for it.")

@@ -96,13 +96,15 @@ class PeftMethod(Strategy):
         self.module_fields(targets)
         if start is not None:
             return
-        for path in targets:
-            module = model.get_submodule(path)
+        shapes = {path: linear_shape(model.get_submodule(path)) for path in targets}
+        for path, shape in shapes.items():
             if options.needs_weight:
-                check_weight(path, module, self.name)
-            if problem := options.misfit(*linear_shape(module)):
+                check_weight(path, model.get_submodule(path), self.name)
+            if problem := options.misfit(*shape):
                 raise InputError(f"'{path}' cannot be adapted: {problem}.")
-        if problem := options.misfit_of_all([linear_shape(model.get_submodule(path)) for path in targets]):
+        if problem := options.indivisible(shapes):
+            raise InputError(f"{problem}.")
+        if problem := options.misfit_of_all([*shapes.values()]):
             raise InputError(f"{self.name}: {problem}.")
 
     @hookimpl

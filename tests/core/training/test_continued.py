@@ -19,7 +19,7 @@ from budwood import AdapterPool, ResourceError, Run, read_reference
 from budwood.adapters.store import read_adapter
 from budwood.cli.app import run as command
 from budwood.contract.types import Step
-from budwood.errors import InputError
+from budwood.errors import BudwoodError, CorruptError, InputError
 from budwood.planning.composition import plan
 from budwood.recipe.schema import Recipe
 from budwood.serving.verify import verify
@@ -243,9 +243,37 @@ def altered(adapter: Path, folder: Path, change: Callable[[dict[str, torch.Tenso
     return folder
 
 
-def test_an_adapter_whose_tensors_do_not_fit_is_named(lora: Path, make_recipe: Make, tmp_path: Path) -> None:
-    stock = altered(lora, tmp_path / "partly", lambda tensors: tensors.pop(KEY))
-    with pytest.raises(InputError, match=r"adapter: .*partly: .*lora_A\.weight' missing\. Give the base that it was"):
+DAMAGES: list[tuple[str, Callable[[dict[str, torch.Tensor]], Any], type[BudwoodError], str]] = [
+    (
+        "less",
+        lambda t: t.pop(KEY),
+        InputError,
+        r"lora_A\.weight' missing\. Give the base that it was trained on, or its",
+    ),
+    ("more", lambda t: t.update({KEY.replace("q_proj", "x"): t[KEY].clone()}), InputError, r"self_attn\.x\.lora_A"),
+    ("nan", lambda t: t[KEY].fill_(torch.nan), CorruptError, r"lora_A\.weight"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "error", "message"), DAMAGES, ids=[each[0] for each in DAMAGES])
+def test_an_adapter_whose_tensors_do_not_fit_is_named_before_the_base_loads(
+    lora: Path, make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    name: str, damage: Callable[[dict[str, torch.Tensor]], Any], error: type[BudwoodError], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(setup, "load_base", lambda *_: pytest.fail("the base loads"))
+    stock = altered(lora, tmp_path / name, damage)
+    with pytest.raises(error, match=rf"{name}.*{message}"):
+        tune(continued(make_recipe("child"), stock, strategies=["lora"]), quiet=True, overwrite=True)
+
+
+def test_a_rank_that_is_not_that_of_the_tensors_is_refused_before_the_base_loads(
+    lora: Path, make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "load_base", lambda *_: pytest.fail("the base loads"))
+    stock = altered(lora, tmp_path / "edited", lambda tensors: None)
+    config = json.loads((stock / "adapter_config.json").read_text())
+    (stock / "adapter_config.json").write_text(json.dumps({**config, "r": 6}))
+    with pytest.raises(InputError, match=r"edited: .*is \[3, 64\]; config and base require \[6, 64\]\. Give .* files"):
         tune(continued(make_recipe("child"), stock, strategies=["lora"]), quiet=True, overwrite=True)
 
 

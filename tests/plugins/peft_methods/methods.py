@@ -186,8 +186,9 @@ type; its options are in [the recipe](recipe.md). PEFT's layers compute them, on
   adapters are combined as LoRA. AdaMSS, which has one too, is
   [absent](../plugins/peft_methods/budwood_peft_methods/absent.py).
 
-All start as the base's function, train on nf4, resume to the same bytes, plan on fake tensors, and meet the rest of the
-conformance kit, which `make combinations` runs for each.
+All start as the base's function (`hra` up to rounding in the run's precision, since its reflections cancel in pairs),
+train on nf4, resume to the same bytes, plan on fake tensors, and meet the rest of the conformance kit, which `make
+combinations` runs for each.
 """
 
 

@@ -21,6 +21,7 @@ from budwood.serving.pool import AdapterPool
 from budwood.serving.verify import verify
 from budwood.training import setup
 from budwood.training.loop import tune
+from budwood_peft_methods.options import RoAdOptions
 
 from .methods import CLOSE, EVERYTHING, METHODS, PAGE, PROMPTS, cells, load, page, put_stock, read, recipe_of
 
@@ -50,6 +51,24 @@ def test_a_run_continues_an_adapter_of_stock_peft_on_packed_rows(tiny_base: Path
     pool.use("own")
     with torch.no_grad():
         torch.testing.assert_close(pool.logits(on.tolist()), again(on).logits[:, -1], **CLOSE)
+
+
+def test_dropout_of_a_file_that_training_does_not_have_is_reported(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock = put_stock(load(tiny_base), "loha", METHODS["loha"])
+    stock.peft_config["default"].module_dropout = 0.25
+    stock.save_pretrained(tmp_path / "stock")
+    tune(Recipe.from_dict(recipe_of(tiny_base, tmp_path, "loha", adapter=str(tmp_path / "stock"))))
+    assert "loha: the adapter's 'module_dropout: 0.25' is not supported in training" in capsys.readouterr().err
+
+
+def test_a_divisor_that_is_suggested_divides_every_size() -> None:
+    options = RoAdOptions(group_size=64)
+    shapes = {"a": (90, 8), "b": (60, 8)}
+    assert options.indivisible(shapes).endswith("group_size 64 does not divide its output size 90; 30 divides all")
+    assert options.indivisible({**shapes, "c": (45, 8)}).endswith("name targets whose sizes have a common divisor")
+    assert not RoAdOptions(group_size=30).indivisible(shapes)
 
 
 @pytest.mark.parametrize("strategy", [{"loha": {"rank": 2, "rank_dropout": 0.3}}, {"oft": {"block_size": 8}}, "hra"])
@@ -124,17 +143,27 @@ REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
     ({"loha": {"rnk": 4}}, {}, "rank"),
     ({"oft": {"dora": True}}, {}, "dora"),
     ({"hra": {"rank": 3}}, {}, "rank 3 is odd"),
-    ({"oft": {"block_size": 7}}, {}, "block_size 7 does not divide its input size 64; 4 does"),
+    ({"oft": {"block_size": 7}}, {}, "block_size 7 does not divide its input size 64; 4 divides all"),
     ({"oft": {"blocks": 4}}, {}, "give block_size or blocks"),
     ({"boft": {"block_size": 0}}, {}, "are both 0"),
-    ({"c3a": {"block_size": 48}}, {}, "block_size 48 does not divide its input size 64; 32 does"),
+    ({"c3a": {"block_size": 48}}, {}, "block_size 48 does not divide its output size 64; 32 divides all"),
     ({"lokr": {"rank": 64}}, {}, "rank 64 is above the size of its factors"),
     ({"miss": {"rank": 65}}, {}, "rank 65 is above its 64 inputs"),
     ({"miss": {"rank": 8, "variant": "mini", "mini_rank": 5}}, {}, "multiple of mini_rank 5"),
-    ({"road": {"group_size": 48}}, {}, "group_size 48 does not divide its output size 64; 32 does"),
+    ({"road": {"group_size": 48}}, {}, "group_size 48 does not divide its output size 64; 32 divides all"),
+    ({"oft": {"r": 3}}, {}, "oft.r: unknown key. Did you mean 'blocks'?"),
+    ({"vera": {"d_initial": 0}}, {}, "d_initial 0: both vectors would start at 0"),
+    ({"glora": {"weight": "none", "coupling": "none", "bias": "none"}}, {}, "nothing would train"),
+    (
+        {"ln_tuning": {"targets": ["input_layernom"]}},
+        {},
+        "targets: the model has no module 'input_layernom'. Did you mean 'input_layernorm'?",
+    ),
+    ("LoHa", {}, "strategy 'LoHa' is not installed. Did you mean 'loha'?"),
+    ("bone", {}, "what Bone called bat: use miss."),
     ({"gralora": {"rank": 5}}, {}, "rank 5 is no multiple of blocks 2"),
     ({"shira": {"rank": 60}}, {}, "rank 60 trains"),
-    ({"vblora": {"vector_length": 24}}, {}, "vector_length 24 does not divide its input size 64; 16 does"),
+    ({"vblora": {"vector_length": 24}}, {}, "vector_length 24 does not divide its output size 64; 16 divides all"),
     ({"vblora": {"vector_length": 8, "topk": 3}}, {}, "topk 3 is none of 2, 4, 8"),
     ({"waveft": {"wavelet": "db39"}}, {}, "wavelet 'db39': must be db1"),
     ({"waveft": {"frequencies": 6000, "proportional": True}}, {}, "frequencies 6000 is above the 5266 elements"),
