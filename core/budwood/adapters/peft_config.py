@@ -24,6 +24,7 @@ from budwood.adapters.targets import (
 )
 from budwood.errors import CorruptError, InputError
 from budwood.model.quantizers import linear_shape, quantizer_of
+from budwood.untrusted.formats import invalid_field
 from budwood.untrusted.redaction import shorten
 
 if TYPE_CHECKING:
@@ -142,9 +143,7 @@ def parse_saved_config(
     try:
         return fields.model_validate(config)
     except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(str(part) for part in problem["loc"])
-        raise CorruptError(f"adapter_config.json: {field}: {problem['msg']}.") from error
+        raise CorruptError(f"adapter_config.json: {invalid_field(error)}.") from error
 
 
 def _check_init(where: str, value: Any) -> None:

@@ -7,10 +7,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from budwood.errors import CorruptError, ResourceError
 from budwood.untrusted.redaction import shorten
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 MAX_JSON = 4 << 20
 """Size limit of a JSON file, in bytes."""
@@ -90,6 +93,30 @@ def parse_object(data: bytes, where: str, finite: bool = True) -> dict[str, Any]
     if not isinstance(value, dict):
         raise CorruptError(f"{where}: not a JSON object.")
     return value
+
+
+def invalid_field(error: ValidationError) -> str:
+    """Return "field: what is wrong with its value" for an object from a file that its model refuses.
+
+    Of a field that may have one of several types, pydantic reports every type, with its name in the path; the error
+    that is deepest in the value is that of the type that was meant.
+    """
+    first, *others = error.errors()
+    problems = [p for p in (first, *others) if p["loc"][:1] == first["loc"][:1]]
+    depth = max(len(p["loc"]) for p in problems)
+    deepest = [p for p in problems if len(p["loc"]) == depth]
+    field = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "missing":
+        text = f"'{'.'.join(map(str, first['loc'][1:]))}' is missing" if first["loc"][1:] else "is missing"
+    elif all(p["msg"].startswith(_SHOULD) for p in deepest):
+        wanted = dict.fromkeys(p["msg"].removeprefix(_SHOULD) for p in deepest)
+        text = f"should be {' or '.join(wanted)}, not {shorten(json.dumps(deepest[0]['input'], default=str))}"
+    else:
+        text = deepest[0]["msg"].removeprefix("Value error, ")
+    return f"{field}: {text}" if field else text
+
+
+_SHOULD = "Input should be "
 
 
 def json_numbers(values: Mapping[str, Any]) -> dict[str, float | None]:

@@ -210,6 +210,13 @@ def test_positions_outside_of_a_weight_are_refused(tiny_base: Path, tmp_path: Pa
         ("vera", {"bias": "vera_only"}, InputError, "'bias: \"vera_only\"' is not supported by vera"),
         ("loha", {"r": 4}, CorruptError, "config and base require"),
         ("loha", {"r": "4"}, CorruptError, "adapter_config.json: r: "),
+        (
+            "loha",
+            {"target_modules": None},
+            CorruptError,
+            "adapter_config.json: target_modules: should be a valid string or a valid list, not null.",
+        ),
+        ("loha", {"target_modules": ["q_proj", 3]}, CorruptError, "target_modules: should be a valid string, not 3."),
         ("lokr", {"new_field": 1}, InputError, "'new_field: 1' is not a field of PEFT"),
         ("ia3", {"target_modules": ["nowhere"]}, CorruptError, "the model has none of"),
         ("trainable_tokens", {"token_indices": [-1]}, CorruptError, "token_indices: must be a list of token ids"),
