@@ -34,7 +34,7 @@ from budwood.contract.discovery import installed
 from budwood.contract.loading import adapter_owner
 from budwood.errors import CorruptError, InputError
 from budwood.untrusted.files import check_inside, complete_directory, sha256
-from budwood.untrusted.formats import TensorInfo, json_numbers, read_header, read_json
+from budwood.untrusted.formats import TensorInfo, invalid_field, json_numbers, read_header, read_json
 from budwood.untrusted.redaction import shorten
 
 if TYPE_CHECKING:
@@ -292,12 +292,14 @@ def read_adapter(
     if not infos:
         raise CorruptError(f"{directory / WEIGHTS}: holds no tensor.")
     _check_ranks(directory, config, infos)
-    check_dtypes(directory / WEIGHTS, infos)
+    named = config.get("modules_to_save")
+    whole = [end for end in named if isinstance(end, str) and end] if isinstance(named, list) else []
+    check_dtypes(directory / WEIGHTS, infos, whole)
     if manifest is None:
         notes.append("no budwood.json (an adapter of stock PEFT): its base is not checked.")
-        named = config.get("base_model_name_or_path")
-        if isinstance(named, str) and named_differently(named, base_name):
-            notes.append(f"its {CONFIG} names the base '{shorten(named)}', and this base is '{base_name}'.")
+        base = config.get("base_model_name_or_path")
+        if isinstance(base, str) and named_differently(base, base_name):
+            notes.append(f"its {CONFIG} names the base '{shorten(base)}', and this base is '{base_name}'.")
     else:
         _check_files(directory, manifest, hashes, content)
         _check_base(directory, manifest, base_name, base_fingerprint, allow_other_base, notes)
@@ -365,8 +367,7 @@ def _read_manifest(directory: Path) -> Manifest | None:
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:
-        problem = error.errors()[0]
-        raise CorruptError(f"{path}: field '{'.'.join(map(str, problem['loc']))}': {problem['msg']}.") from error
+        raise CorruptError(f"{path}: {invalid_field(error)}.") from error
 
 
 def _check_files(directory: Path, manifest: Manifest, hashes: bool, content: Weights | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Names of floating-point dtypes in a safetensors header, with torch's."""
-_DTYPES = {**FLOATS, "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
+_INTEGERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
+_DTYPES = {**FLOATS, **_INTEGERS, "BOOL": "bool"}
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,27 @@ class Weights:
         return tensors
 
 
-def check_dtypes(path: Path, infos: dict[str, TensorInfo]) -> None:
-    """Reject low-rank factors that are not floating-point, which casting would read as other values than were meant.
+def check_dtypes(path: Path, infos: Mapping[str, TensorInfo], whole: Collection[str] = ()) -> None:
+    """Reject tensors whose dtype a cast would read as other values than were meant.
+
+    Values are floating-point, and positions (`…indices`) are integers. Of modules that are saved whole, buffers such as
+    a counter of batches may be either.
+
+    Args:
+        whole: ends of the names of modules that are saved whole.
 
     Raises:
         CorruptError: the message names the tensor.
     """
     for name, info in infos.items():
-        if ".lora_" in name and info.dtype not in FLOATS:
+        last = name.rpartition(".")[2]
+        if last not in ("weight", "bias") and any(f"{end}." in name for end in whole):
+            continue
+        fine = _INTEGERS if last.endswith("indices") else FLOATS
+        if info.dtype not in fine:
             raise CorruptError(
-                f"{path}: tensor '{name[:80]}' has the dtype {info.dtype}, and a low-rank factor is "
-                f"one of {', '.join(FLOATS)}: save the adapter again in one of them."
+                f"{path}: tensor '{name[:80]}' has the dtype {info.dtype}, but must have one of {', '.join(fine)}: "
+                "save the adapter again in one of them."
             )
 
 

@@ -121,7 +121,7 @@ def _check_tensor(key: str, rule: str, having: Sequence[Part]) -> None:
     for part in having:
         shape, expected = list(part.tensors[key].shape), list(first.tensors[key].shape)
         if not part.tensors[key].is_floating_point():
-            raise InputError(f"{part.shown}: its '{key}' is not of a floating-point type: the file is damaged.")
+            raise InputError(f"{part.shown}: its '{key}' is not of a floating-point type, so it has no sum.")
         if rule in (ROWS, COLUMNS):
             axis = 0 if rule == ROWS else 1
             if len(shape) != 2 or len(expected) != 2 or shape[1 - axis] != expected[1 - axis]:

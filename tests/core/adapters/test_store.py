@@ -154,6 +154,31 @@ def test_non_finite_weights_are_corrupt(small, value):
         store.read_adapter(small).load_tensors()
 
 
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize(
+    ("key", "dtype", "fine"),
+    [
+        ("q.hada_w1_a", torch.int8, False),
+        ("q.lora_A.weight", torch.bool, False),
+        ("head.weight", torch.int64, False),
+        ("head.num_batches_tracked", torch.int64, True),
+        ("q.shira_indices", torch.int32, True),
+        ("q.shira_indices", torch.float32, False),
+        ("q.ia3_l", torch.bfloat16, True),
+    ],
+)
+def test_values_are_floating_and_positions_are_integers(tmp_path, key, dtype, fine, weights):
+    """Wherever an adapter is read; a cast would take an int8 factor for other values than were meant."""
+    config = {"peft_type": "LORA", "target_modules": ["q"], "modules_to_save": ["head"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({f"base_model.model.{key}": torch.ones(2, dtype=dtype)}, tmp_path / WEIGHTS)
+    if fine:
+        store.read_adapter(tmp_path, weights=weights)
+        return
+    with pytest.raises(CorruptError, match=rf"{WEIGHTS}: tensor 'base_model.model.{key}' has the dtype \w+, but must"):
+        store.read_adapter(tmp_path, weights=weights)
+
+
 def test_another_base_is_an_input_error_and_can_be_allowed(small):
     with pytest.raises(InputError, match=r"tiny.*ffffffffffff.*other.*eeeeeeeeeeee") as error:
         store.read_adapter(small, base_name="other", base_fingerprint="e" * 64)

@@ -158,7 +158,7 @@ def edited(folder: Path, out: Path, **changes: Any) -> Path:
 
 REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("ia3", {"q_proj.ia3_l": torch.ones(8, 1)}, "they are of different bases"),
-    ("ia3", {"q_proj.ia3_l": torch.ones(64, 1, dtype=torch.int32)}, "not of a floating-point type"),
+    ("ia3", {"q_proj.ia3_l": torch.ones(64, 1, dtype=torch.int32)}, "has the dtype I32, but must have one of F64"),
     ("ia3", {"modules_to_save": ["lm_head"]}, "its modules_to_save differs"),
     ("ia3", {"feedforward_modules": ["v_proj", "down_proj"]}, "scales the inputs of"),
     ("fourierft", {"random_loc_seed": 5}, "its random_loc_seed is 5, but that of"),
