@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from budwood.adapters.manifest import GoldenRecord
 from budwood.contract.examples import Example
-from budwood.errors import CorruptError
+from budwood.errors import CorruptError, InputError
 from budwood.untrusted.formats import read_header
 
 if TYPE_CHECKING:
@@ -28,6 +27,12 @@ TOLERANCE = 1e-5
 """Largest allowed difference of a logit in a replay in the same setting."""
 ROUNDING = 0.05
 """Divergence from a reference, in nats, that 16-bit weights and arithmetic stay well below."""
+FP32_ROUNDING = 1e-5
+"""Difference of a logit, relative to the largest one, that fp32 accounts for when products are taken in other orders:
+about 2^-24 a sum, over some hundred dependent sums."""
+NO_EFFECT = 2e-6
+"""Change of a logit, relative to the largest one, below which an adapter has no effect: updates that cancel exactly, as
+in a weighted sum that is zero, leave about 5e-7."""
 KERNEL_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
 """Environment variables that select the kernels of oneDNN and MKL, whose results differ in their last bits."""
 
@@ -161,21 +166,40 @@ def _as_logits(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values, (0, 1)) if values.shape[-1] == 1 else values
 
 
-def relative_error(base: Tensor, exact: Tensor, other: Tensor) -> float:
+def relative_error(base: Tensor, exact: Tensor, other: Tensor) -> float | None:
     """Return |other - exact| / |exact - base|: an error as a fraction of an adapter's effect.
 
-    The norms are those of logits, [prompts, vocabulary or classes], less each row's mean, which no probability depends
-    on. Of an adapter with new tokens, the effect is that on the base's tokens. Infinite if the adapter has no effect or
-    a logit is not finite.
-    """
+    The norms are those of logits in fp32, [prompts, vocabulary or classes], less each row's mean, which no probability
+    depends on. Of an adapter with new tokens, the effect is that on the base's tokens.
 
-    def distance(one: Tensor, two: Tensor) -> float:
+    Returns:
+        The fraction; None: the adapter changes no logit by more than rounding, so there is nothing to lose.
+
+    Raises:
+        InputError: a logit is not finite.
+    """
+    if not all(logits.isfinite().all() for logits in (base, exact, other)):
+        raise InputError("the adapter's logits on its golden prompts are not finite: its answers cannot be compared.")
+
+    def difference(one: Tensor, two: Tensor) -> Tensor:
         given = (_as_logits(logits.double().cpu()) for logits in (one, two))
         first, second = (logits - logits.mean(-1, keepdim=True) for logits in given)
-        return float((first - second).norm())
+        return first - second
 
-    effect, error = distance(base, exact[:, : base.shape[1]]), distance(exact, other)
-    return error / effect if effect > 0 and math.isfinite(error) and math.isfinite(effect) else math.inf
+    effect = difference(base, exact[:, : base.shape[1]])
+    if is_rounding(float(effect.abs().max()), exact, NO_EFFECT):
+        return None
+    return float(difference(exact, other).norm() / effect.norm())
+
+
+def is_rounding(difference: float, logits: Tensor, limit: float = FP32_ROUNDING) -> bool:
+    """Return whether fp32's rounding accounts for the largest difference of a logit from these."""
+    return difference <= limit * max(1.0, float(logits.abs().max()))
+
+
+def share_text(error: float | None, of: str = "the adapter") -> str:
+    """Return "1.2% of the adapter's effect" for what `relative_error` returns, or that there is no effect."""
+    return f"{of} changes no answer" if error is None else f"{error:.1%} of {of}'s effect"
 
 
 def measure(task: Task, model: nn.Module, tokenizer: Any, probes: Sequence[Example], dtype: torch.dtype) -> Tensor:

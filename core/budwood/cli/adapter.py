@@ -156,6 +156,7 @@ def merge(
 ) -> None:
     """Merge an adapter into the original weights of its base. Any library can open the result."""
     with uncollected():
+        from budwood.adapters.golden import share_text
         from budwood.serving.merge import merge as merge_into
 
     report = merge_into(
@@ -167,7 +168,7 @@ def merge(
     name, share = report.worst
     echo(f"merged: {report.weights} weights changed, saved in {report.dtype} to {report.directory}")
     echo(f"{report.dtype} rounds away {report.rounded_away:.1%} of the update (most in {name}: {share:.1%})")
-    echo(f"error from rounding            {report.error:.1%} of the adapter's effect on the answers")
+    echo(f"error from rounding            {share_text(report.error)}")
     echo(f"vs. unquantised base + adapter {report.unquantized}")
     if report.recorded is not None:
         echo(f"vs. what training recorded     {report.recorded}")
@@ -253,12 +254,14 @@ def export(
 
 
 def _show_export(done: Exported) -> None:
+    from budwood.adapters.golden import share_text
+
     echo(f"exported to {done.directory}")
     for line in done.lines:
         echo(f"  {''.join(c if c.isprintable() else '?' for c in line)}")  # names may contain control codes
     if done.merged is not None:
         report = done.merged
-        echo(f"loaded again: the merged weights; error from rounding {report.error:.1%} of the adapter's effect")
+        echo(f"loaded again: the merged weights; error from rounding {share_text(report.error)}")
         if report.recorded is not None:
             echo(f"vs. what training recorded {report.recorded}")
     if done.replay is None:
@@ -267,7 +270,7 @@ def _show_export(done: Exported) -> None:
         return
     replay = done.replay
     echo(f"loaded again: {replay.prompts} prompts on the base ({replay.quantization}, fp32)")
-    echo(f"vs. the adapter            {replay.conversion}; {replay.error:.1%} of its effect")
+    echo(f"vs. the adapter            {replay.conversion}; {share_text(replay.error)}")
     if replay.recorded is not None:
         echo(f"vs. what training recorded {replay.recorded}")
     if replay.setting is not None and not replay.same:

@@ -47,6 +47,7 @@ def combine(
         present(part)
     values = None if weights is None else [_number(text) for text in weights.split(",")]
     with uncollected():
+        from budwood.adapters.golden import share_text
         from budwood.serving.material.combine import combine as combine_into
 
     *parts, out = directories
@@ -66,7 +67,7 @@ def combine(
     else:
         echo(f"its rank holds {done.kept:.1%} of the combination's squared norm")
         echo(f"vs. the exact weighted sum {done.distance}")
-        echo(f"difference                 {done.error:.1%} of the sum's effect on the answers")
+        echo(f"difference                 {share_text(done.error, 'the sum')}")
     print_notes(done.notes)
 
 
@@ -84,6 +85,7 @@ def shrink(
 ) -> None:
     """Write the nearest LoRA adapter of a lower rank, and compare its answers."""
     with uncollected():
+        from budwood.adapters.golden import share_text
         from budwood.serving.material.shrink import shrink as shrink_to
 
     done = shrink_to(directory, out, rank, base=base, device=device, allow_other_base=allow_other_base, force=force)
@@ -94,7 +96,7 @@ def shrink(
     echo(f"shrunk: rank {done.was} to {done.rank}, {before:,} to {after:,} bytes, in {done.directory}")
     echo(f"the updates keep {done.kept:.1%} of their squared norm")
     echo(f"answers, after vs. before {done.distance}")
-    echo(f"error                     {done.error:.1%} of the adapter's effect")
+    echo(f"error                     {share_text(done.error)}")
     print_notes(done.notes)
 
 

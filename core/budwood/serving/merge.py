@@ -45,7 +45,7 @@ class MergeReport:
             all changed weights: 0 if nothing is lost, 1 if every weight rounds back to its old value.
         worst: name of the weight with the largest loss, and its fraction.
         error: distance of the merged model from the unquantised base with the adapter, as a fraction of the adapter's
-            distance from the base alone: of logits on the golden prompts, see `relative_error`.
+            distance from the base alone: of logits on the golden prompts; None: it has no effect, see `relative_error`.
         unquantized: distance of the merged model from the unquantised base with the adapter, on the golden prompts.
         recorded: distance of the merged model from the golden logits, which a quantised base may have produced; None
             without golden logits.
@@ -57,7 +57,7 @@ class MergeReport:
     weights: int
     rounded_away: float
     worst: tuple[str, float]
-    error: float
+    error: float | None
     unquantized: Distance
     recorded: Distance | None
     notes: list[str] = field(default_factory=list)
@@ -135,7 +135,7 @@ def merge(
         Distance.between(golden.adapter, merged) if golden else None,
         notes,
     )
-    if not report.error <= MAX_ERROR and not force:
+    if report.error is not None and not report.error <= MAX_ERROR and not force:
         raise InputError(
             f"rounding to {dtype} would change the answers by {report.error:.0%} of the adapter's effect, more than "
             f"{MAX_ERROR:.0%} ({report.unquantized}): nothing was written. Use --dtype fp32, or --force."

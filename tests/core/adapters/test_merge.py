@@ -153,7 +153,10 @@ def test_an_error_is_relative_to_the_effect():
     scores = torch.tensor([[0.5], [-1.0]])  # of a regression or a reward: a softmax over one is always 1
     assert relative_error(scores, scores + 1, scores + 1.1) == pytest.approx(0.1)
     assert Distance.between(scores, scores + 1).divergence > 0.05
-    assert relative_error(base, base, exact) == relative_error(base, exact, exact * torch.nan) == float("inf")
+    assert relative_error(base, base, base) is None, "there is no effect, of which an error could be a share"
+    assert relative_error(base, base + 1e-7 * exact, base) is None, "rounding is no effect"
+    with pytest.raises(InputError, match="are not finite"):
+        relative_error(base, exact, exact * torch.nan)
 
 
 def test_adapters_of_stock_peft_merge_if_their_base_is_passed(stock, tiny_base, tmp_path):

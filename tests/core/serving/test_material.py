@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests.core.adapters.conftest import make_saved
 from tests.core.serving.conftest import make_adalora
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from budwood import AdapterPool, CorruptError, InputError
@@ -151,6 +153,41 @@ def test_a_loss_of_a_quarter_needs_force(pair, tmp_path):
     with pytest.raises(InputError, match=r"with rank 1 the answers change by \d+% .* nothing was written"):
         shrink(pair[0], tmp_path / "out", 1)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def nothing(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter as stock PEFT creates it, whose B is zero."""
+    config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    folder = tmp_path_factory.mktemp("nothing")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["shrink", "A", "OUT", "--rank", "2"],
+        ["export", "A", "OUT", "--for", "peft", "--as", "lora", "--rank", "2"],
+        *(["combine", "A", "A", "OUT", "--method", method] for method in METHODS[1:]),
+    ],
+    ids=lambda words: words[-1],
+)
+def test_an_adapter_without_effect_loses_nothing(tiny_base, nothing, tmp_path, words):
+    folders = {"A": str(nothing), "OUT": str(tmp_path / "out")}
+    arguments = [folders.get(word, word) for word in words]
+    done = CliRunner().invoke(app, ["adapter", *arguments, "--base", str(tiny_base)])
+    assert done.exit_code == 0, done.exception
+    assert "changes no answer" in done.output and "inf" not in done.output and "nan" not in done.output
+    assert not any(delta.any() for delta in deltas(tmp_path / "out").values())
+    if words[0] != "export":
+        assert verify(tmp_path / "out", str(tiny_base)).exact
+
+
+def test_a_sum_that_cancels_is_shrunk_without_a_share(pair, tmp_path):
+    combine([pair[0], pair[0]], tmp_path / "sum", weights=[1, -1])
+    done = shrink(tmp_path / "sum", tmp_path / "out", 2)
+    assert done.kept == 1 and done.error is None and done.distance.largest < 1e-5
 
 
 def test_diff_measures_the_updates(pair, tmp_path):

@@ -175,9 +175,15 @@ def largest_rank(factors: Factors) -> int:
 
 
 def squared_norm(pair: tuple[Tensor, Tensor]) -> float:
-    """Return the squared Frobenius norm of B A."""
+    """Return the squared Frobenius norm of B A; 0 where its products cancel to rounding."""
     a, b = (tensor.double() for tensor in pair)
-    return float(((b.mT @ b) * (a @ a.mT)).sum())
+    squared = float(((b.mT @ b) * (a @ a.mT)).sum())
+    return squared if squared > 1e-14 * float(a.square().sum() * b.square().sum()) else 0.0
+
+
+def norm_share(part: float, whole: float) -> float:
+    """Return the share of a squared norm that an approximation holds: all of 0."""
+    return min(part / whole, 1.0) if whole > 0 else 1.0
 
 
 def truncated(factors: Factors, rank: int) -> Factors:

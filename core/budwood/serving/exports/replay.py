@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from budwood.adapters.golden import Distance, comparable, current_setting, measure, relative_error
+from budwood.adapters.golden import (
+    FP32_ROUNDING,
+    Distance,
+    comparable,
+    current_setting,
+    is_rounding,
+    measure,
+    relative_error,
+    share_text,
+)
 from budwood.adapters.match import mismatch
 from budwood.adapters.store import CONFIG, SavedAdapter
 from budwood.contract.discovery import find, plugin_fault
@@ -25,9 +34,6 @@ from budwood.untrusted.formats import read_json
 
 EXACT = 1e-2
 """Largest error of an export that is no approximation, as a fraction of the adapter's own effect."""
-ROUNDING = 1e-5
-"""Difference of a logit, relative to the largest one, that fp32 accounts for when products are taken in other orders:
-about 2^-24 a sum, over some hundred dependent sums."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Replay:
         quantization: that of the base in the replay; PEFT computes methods for which it has no quantised layers on the
             dequantised weights, and so does Budwood then.
         conversion: distance of base and export from base and adapter.
-        error: the same as a fraction of the adapter's own effect, see `relative_error`.
+        error: the same as a fraction of the adapter's own effect; None: it has no effect, see `relative_error`.
         recorded: distance of base and export from the golden logits; None for an adapter without any.
         setting: distance of the base alone from its golden logits.
         same: whether the replay has the setting of the golden logits.
@@ -49,7 +55,7 @@ class Replay:
     prompts: int
     quantization: str
     conversion: Distance
-    error: float
+    error: float | None
     recorded: Distance | None
     setting: Distance | None
     same: bool
@@ -110,9 +116,8 @@ def replay(
         recorded is not None and not dequantized and comparable(recorded, current_setting(loaded)),
         notes,
     )
-    largest = float(adapter.abs().max())
-    _judge(saved, result, largest, approximate, force)
-    if not approximate and _differs(result, largest):
+    _judge(saved, result, adapter, approximate, force)
+    if not approximate and _differs(result, adapter):
         raise mismatch(saved, loaded.fingerprint)(
             f"{saved.directory}: on this base it is another model than the one that training recorded "
             f"({result.recorded}; the bases alone: {result.setting}): nothing was written. Use the base of its run."
@@ -169,26 +174,27 @@ def _dequantize(model: nn.Module, known: bool = True) -> None:
             model.set_submodule(path, plain)
 
 
-def _judge(saved: SavedAdapter, result: Replay, largest: float, approximate: bool, force: bool) -> None:
-    if approximate:
+def _judge(saved: SavedAdapter, result: Replay, adapter: torch.Tensor, approximate: bool, force: bool) -> None:
+    if approximate and result.error is not None:
         if not result.error <= MAX_ERROR and not force:
             raise InputError(
                 f"{saved.directory}: the nearest LoRA of this rank changes the answers by {result.error:.0%} of the "
                 f"adapter's effect, more than {MAX_ERROR:.0%}: nothing was written. Use a larger --rank, or --force."
             )
         return
-    if not result.error <= EXACT and not result.conversion.largest <= ROUNDING * max(1.0, largest):
+    close = result.error is not None and result.error <= EXACT
+    if not close and not is_rounding(result.conversion.largest, adapter):
         text = (
             f"{saved.directory}: the export of strategy '{saved.adapter_type}' computes something else than the adapter"
         )
-        text = f"{text} ({result.conversion}; {result.error:.1%} of its effect): nothing was written"
+        text = f"{text} ({result.conversion}; {share_text(result.error)}): nothing was written"
         raise plugin_fault(find(saved.adapter_type).owner, text, True)
 
 
-def _differs(result: Replay, largest: float) -> bool:
+def _differs(result: Replay, adapter: torch.Tensor) -> bool:
     """Return whether the export is another model than the golden logits are of."""
     if result.recorded is None or result.setting is None:
         return False
     if result.same:
-        return not result.recorded.largest <= 10 * ROUNDING * max(1.0, largest)
+        return not result.recorded.largest <= 10 * FP32_ROUNDING * max(1.0, float(adapter.abs().max()))
     return result.recorded.is_another_model(result.setting)

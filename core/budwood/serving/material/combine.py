@@ -17,7 +17,15 @@ from budwood.adapters.manifest import MadeRecord, PartRecord
 from budwood.adapters.store import SavedAdapter, read_adapter
 from budwood.errors import InputError, did_you_mean
 from budwood.serving.exports.difference import decomposed
-from budwood.serving.exports.factors import Factors, factors_of, largest_rank, squared_norm, truncated, write_lora
+from budwood.serving.exports.factors import (
+    Factors,
+    factors_of,
+    largest_rank,
+    norm_share,
+    squared_norm,
+    truncated,
+    write_lora,
+)
 from budwood.serving.material.own_sums import FP32_MAX, Parts, combine_own, has_own_sum, too_large
 from budwood.serving.verify import task_of
 from budwood.untrusted.files import check_new_folder
@@ -35,9 +43,9 @@ class Combined:
         directory: the new adapter's folder.
         rank: its rank; None: it is not LoRA.
         modules: number of linears that it changes; of another type than LoRA, of what its config names.
-        kept: share of the combination's squared norm that this rank holds.
+        kept: share of the combination's squared norm that this rank holds; 1 if it is zero.
         distance: distance of its answers from those of the exact weighted sum.
-        error: the same as a fraction of the sum's own effect; 0: it is the sum.
+        error: the same as a fraction of the sum's own effect; 0: it is the sum; None: the sum has no effect.
         notes: messages for the user.
         adapter_type: of the new adapter.
     """
@@ -47,7 +55,7 @@ class Combined:
     modules: int
     kept: float
     distance: Distance
-    error: float
+    error: float | None
     notes: list[str] = field(default_factory=list)
     adapter_type: str = "lora"
 
@@ -232,9 +240,9 @@ def _approximation(
     seed: int,
 ) -> tuple[Factors, float]:
     """Return the combination cut to a rank, and the share of its squared norm that is left."""
-    if density is None:
+    if density is None or not any(map(squared_norm, exact.values())):  # of a sum that is zero, nothing can be pruned
         result = truncated(exact, rank)
-        return result, _share(sum(map(squared_norm, result.values())), sum(map(squared_norm, exact.values())))
+        return result, norm_share(sum(map(squared_norm, result.values())), sum(map(squared_norm, exact.values())))
     result, kept, whole = {}, 0.0, 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -248,7 +256,7 @@ def _approximation(
             kept, whole = kept + squared_norm(result[path]), whole + float(delta.double().square().sum())
     if not result:
         raise InputError(f"--method {method}: pruning leaves nothing: raise --density.")
-    return result, _share(kept, whole)
+    return result, norm_share(kept, whole)
 
 
 def _pruned(method: str, deltas: list[Tensor], weights: Tensor, density: float) -> Tensor:
@@ -259,7 +267,3 @@ def _pruned(method: str, deltas: list[Tensor], weights: Tensor, density: float) 
     }  # fmt: skip
     delta: Tensor = functions[method](deltas, weights, density)  # type: ignore[operator]
     return delta
-
-
-def _share(part: float, whole: float) -> float:
-    return min(part / whole, 1.0) if whole > 0 else 1.0

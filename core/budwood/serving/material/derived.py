@@ -66,8 +66,8 @@ class Workbench:
             write(Path(folder))
             return self.logits(folder)
 
-    def compare(self, exact: Tensor, other: Tensor) -> tuple[Distance, float]:
-        """Return the distance of logits from others, and the same as a fraction of those others' effect."""
+    def compare(self, exact: Tensor, other: Tensor) -> tuple[Distance, float | None]:
+        """Return the distance of logits from others, and the same as a fraction of those others' effect, if any."""
         return Distance.between(exact, other), relative_error(self.alone, exact, other)
 
     def write(self, out: Path, write: Callable[[Path], Any], peft_type: str, made: MadeRecord, logits: Tensor) -> None:

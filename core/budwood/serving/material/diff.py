@@ -98,7 +98,7 @@ def _modules(first: Factors, second: Factors) -> list[ModuleDifference]:
     for path in sorted({*first, *second}):
         ours, theirs = first.get(path), second.get(path)
         pairs = [ours, theirs]
-        norms = [math.sqrt(max(squared_norm(pair), 0.0)) if pair is not None else 0.0 for pair in pairs]
+        norms = [math.sqrt(squared_norm(pair)) if pair is not None else 0.0 for pair in pairs]
         ranks = [len(pair[0]) if pair is not None else 0 for pair in pairs]
         product = 0.0
         if ours is not None and theirs is not None:

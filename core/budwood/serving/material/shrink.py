@@ -16,7 +16,7 @@ from budwood.adapters.manifest import MadeRecord, PartRecord
 from budwood.adapters.peft_config import PREFIX
 from budwood.adapters.store import CONFIG, WEIGHTS, SavedAdapter, read_adapter
 from budwood.errors import InputError
-from budwood.serving.exports.factors import factors_of, largest_rank, padded, squared_norm, truncated
+from budwood.serving.exports.factors import factors_of, largest_rank, norm_share, padded, squared_norm, truncated
 from budwood.serving.material.derived import Workbench
 from budwood.serving.merge import MAX_ERROR
 from budwood.untrusted.files import check_new_folder
@@ -30,9 +30,9 @@ class Shrunk:
         directory: the new adapter's folder.
         rank: its rank.
         was: the largest rank before.
-        kept: share of the updates' squared norm that is left.
+        kept: share of the updates' squared norm that is left; 1 if they are zero.
         distance: distance of its answers from those before.
-        error: the same as a fraction of the adapter's effect.
+        error: the same as a fraction of the adapter's effect; None: it has none.
         bytes: size of the file, before and after.
         notes: messages for the user.
     """
@@ -42,7 +42,7 @@ class Shrunk:
     was: int
     kept: float
     distance: Distance
-    error: float
+    error: float | None
     bytes: tuple[int, int]
     notes: list[str] = field(default_factory=list)
 
@@ -84,7 +84,7 @@ def shrink(
     if rank >= was:
         raise InputError(f"--rank {rank}: the largest rank of {saved.directory} is {was}: choose a lower one.")
     fewer = truncated(factors, rank)
-    kept = sum(map(squared_norm, fewer.values())) / sum(map(squared_norm, factors.values()))
+    kept = norm_share(sum(map(squared_norm, fewer.values())), sum(map(squared_norm, factors.values())))
     config, tensors = _replaced(saved, padded(fewer, rank), rank)
 
     def write(folder: Path) -> None:
@@ -95,7 +95,7 @@ def shrink(
     before = bench.logits(saved.directory)
     after = bench.logits_of(write)
     distance, error = bench.compare(before, after)
-    if not error <= MAX_ERROR and not force:
+    if error is not None and not error <= MAX_ERROR and not force:
         raise InputError(
             f"{saved.directory}: with rank {rank} the answers change by {error:.0%} of the adapter's effect, more than "
             f"{MAX_ERROR:.0%}: nothing was written. Use a larger --rank, or --force."
