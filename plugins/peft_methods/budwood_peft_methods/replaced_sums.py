@@ -12,7 +12,7 @@ from budwood import InputError
 from budwood.lowrank import is_tied
 from budwood_peft_methods.replaced import NORM, ROWS, saved_token_ids
 from budwood_peft_methods.saved import PREFIX
-from budwood_peft_methods.sums import check_mean
+from budwood_peft_methods.sums import WHOLE_CAUSE, check_mean
 
 Rows = dict[tuple[str, int | None], tuple[float, Tensor]]
 """The sum of the weights, and of the weighted values, of a tensor by key; of one row of it by key and token id."""
@@ -39,10 +39,11 @@ def combine(
             )
         for key, value in _once(adapter.load_tensors(), base).items():
             owner = owners.setdefault(key, (adapter.directory, value.shape[1:] if tokens else value.shape))
-            if owner[1] != (value.shape[1:] if tokens else value.shape) or not value.is_floating_point():
+            if owner[1] != (value.shape[1:] if tokens else value.shape):
+                cause = "different bases" if NORM in key or ROWS in key else WHOLE_CAUSE
                 raise InputError(
                     f"{adapter.directory}: its '{key}' has the shape {list(value.shape)}, which does not fit that of "
-                    f"{owner[0]}: they are of different bases."
+                    f"{owner[0]}: they are of {cause}."
                 )
             if tokens and len(value) != len(tokens[id(adapter)]):
                 raise InputError(f"{adapter.directory}: its '{key}' has not a row for each of its token_indices.")

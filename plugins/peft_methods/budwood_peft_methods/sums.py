@@ -19,6 +19,8 @@ from budwood_peft_methods.saved import PREFIX, Saved, chosen_modules
 from budwood_peft_methods.sparse_sums import union
 
 Tensors = dict[str, Tensor]
+WHOLE_CAUSE = "different bases, or of tasks with other numbers of classes"
+"""Why a module that is saved whole may have different shapes."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ def combine(
     how: Sum = strategy.SUM
     parts = [_read(strategy, adapter, weight) for adapter, weight in zip(adapters, weights, strict=True)]
     _check_configs(strategy, how, parts)
+    paths = _paths(strategy, (key for part in parts for key in part.tensors))
+    # Before the tensors, whose shapes follow from it.
+    scaled = _feedforward(parts, paths) if any("feedforward_modules" in part.config for part in parts) else None
     tensors: Tensors = {}
     for key in dict.fromkeys(key for part in parts for key in part.tensors):
         rule, having = how.rule(key), [part for part in parts if key in part.tensors]
@@ -61,15 +66,14 @@ def combine(
             tensors[key] = _summed(key, rule, having, parts)
     config = dict(parts[0].config)
     config |= {field: None for field in ("exclude_modules", "layers_to_transform", "layers_pattern") if field in config}
-    paths = _paths(strategy, (key for part in parts for key in part.tensors))
     config |= {"target_modules": sorted(paths), "inference_mode": True}
     if POSITIONS in how.rules.values():
         changes, more = union(parts, base)
         config, tensors = config | changes, tensors | more
     elif how.free:
         config |= {"r": sum(part.rank for part in parts)} | {f: {} for f in how.free if f.endswith("_pattern")}
-    if "feedforward_modules" in config:
-        config["feedforward_modules"] = _feedforward(parts, paths)
+    if scaled is not None:
+        config["feedforward_modules"] = scaled
     return config, tensors
 
 
@@ -116,7 +120,8 @@ def _check_configs(strategy: Any, how: Sum, parts: Sequence[Part]) -> None:
             )
 
 
-def _check_tensor(key: str, rule: str, having: Sequence[Part]) -> None:
+def _check_tensor(key: str, rule: str, having: Sequence[Part], cause: str = "different bases") -> None:
+    """Check that a tensor fits in all parts, after their configs do: what differs then is not of the method."""
     first = having[0]
     for part in having:
         shape, expected = list(part.tensors[key].shape), list(first.tensors[key].shape)
@@ -125,11 +130,11 @@ def _check_tensor(key: str, rule: str, having: Sequence[Part]) -> None:
         if rule in (ROWS, COLUMNS):
             axis = 0 if rule == ROWS else 1
             if len(shape) != 2 or len(expected) != 2 or shape[1 - axis] != expected[1 - axis]:
-                raise InputError(_misfit(part, first, key))
+                raise InputError(_misfit(part, first, key, cause))
             if shape[axis] > part.rank:
                 raise InputError(f"{part.shown}: its '{key}' has rank {shape[axis]}, but its config {part.rank}.")
         elif shape != expected:
-            raise InputError(_misfit(part, first, key))
+            raise InputError(_misfit(part, first, key, cause))
         if rule == SAME and not part.tensors[key].equal(first.tensors[key]):
             raise InputError(
                 f"{part.shown}: its '{key}', which does not train, differs from that of {first.shown}: they are of "
@@ -137,11 +142,11 @@ def _check_tensor(key: str, rule: str, having: Sequence[Part]) -> None:
             )
 
 
-def _misfit(part: Part, first: Part, key: str) -> str:
+def _misfit(part: Part, first: Part, key: str, cause: str) -> str:
     shapes = list(part.tensors[key].shape), list(first.tensors[key].shape)
     return (
         f"{part.shown}: its '{key}' has the shape {shapes[0]}, but that of {first.shown} {shapes[1]}: they are of "
-        "different bases."
+        f"{cause}."
     )
 
 
@@ -172,7 +177,7 @@ def _whole(key: str, parts: Sequence[Part]) -> Tensor:
         if key not in part.tensors:
             raise InputError(f"{part.shown}: it lacks '{key}', which others have: they cannot be combined.")
     check_mean(key, parts[0].shown, [part.weight for part in parts])
-    _check_tensor(key, LINEAR, parts)
+    _check_tensor(key, LINEAR, parts, WHOLE_CAUSE)
     return _summed(key, LINEAR, parts, parts)
 
 
@@ -199,10 +204,13 @@ def _feedforward(parts: Sequence[Part], paths: set[str]) -> list[str]:
     """Return which modules of IA³ scale their inputs, which all parts that adapt one must agree on."""
     field = "feedforward_modules"
     chosen = {part.shown: set(chosen_modules(sorted(paths), part.config.get(field), field)) for part in parts}
-    for path in paths:
+    for path in sorted(paths):
         having = [part.shown for part in parts if any(key.startswith(f"{PREFIX}{path}.") for key in part.tensors)]
-        if len({path in chosen[shown] for shown in having}) > 1:
+        inputs = next((shown for shown in having if path in chosen[shown]), "")
+        outputs = next((shown for shown in having if path not in chosen[shown]), "")
+        if inputs and outputs:
             raise InputError(
-                f"{having[1]}: it scales the inputs of '{path}', or {having[0]} does, and the other its outputs."
+                f"{inputs}: it scales the inputs of '{path}' ({field}), but {outputs} its outputs: adapters of ia3 "
+                f"with equal {field} can be combined."
             )
     return sorted(path for path in paths if any(path in names for names in chosen.values()))

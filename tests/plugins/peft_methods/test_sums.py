@@ -161,6 +161,11 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("ia3", {"q_proj.ia3_l": torch.ones(64, 1, dtype=torch.int32)}, "has the dtype I32, but must have one of F64"),
     ("ia3", {"modules_to_save": ["lm_head"]}, "its modules_to_save differs"),
     ("ia3", {"feedforward_modules": ["v_proj", "down_proj"]}, "scales the inputs of"),
+    (  # as stock PEFT's default is beside Budwood's: the factors of down_proj are of outputs, not of inputs
+        "ia3",
+        {"feedforward_modules": [], "down_proj.ia3_l": torch.ones(64, 1)},
+        "'model.layers.0.mlp.down_proj' (feedforward_modules), but",
+    ),
     ("fourierft", {"random_loc_seed": 5}, "its random_loc_seed is 5, but that of"),
     ("fourierft", {"n_frequency_pattern": {"q_proj": 3}}, "its n_frequency_pattern differs"),
     ("tinylora", {"q_proj.tinylora_A": None}, "it adapts other modules than"),
