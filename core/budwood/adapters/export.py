@@ -53,9 +53,10 @@ def write_peft(saved: SavedAdapter, folder: Path, format: str = "peft") -> None:
     if format not in ("peft", saved.adapter_type):
         result = converted(saved, tensors, format)
         if result is None:
+            nearest = format == "lora" and can_be_lora(saved)
             raise InputError(
                 f"{saved.directory}: adapter type '{saved.adapter_type}' cannot be exported as '{format}': use peft"
-                f"{', or --rank R for the nearest LoRA of that rank' if format == 'lora' else ''}."
+                f"{', or --rank R for the nearest LoRA of that rank' if nearest else ''}."
             )
         config, tensors = result
     if config.get("peft_type") not in _peft_types():
@@ -85,6 +86,20 @@ def converted(
         return None
     config, tensors = result
     return config, {key: tensor.contiguous() for key, tensor in tensors.items()}
+
+
+def can_be_lora(saved: SavedAdapter) -> bool:
+    """Return whether its files and its type allow an export as LoRA, exact or of a given rank."""
+    cls, _ = load_strategy(saved.adapter_type)
+    config = saved.config
+    beyond = ("modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias")
+    return (
+        (hasattr(cls, "merge_adapter") or hasattr(cls, "convert_adapter"))
+        and not cls.beyond_linears
+        and not any(config.get(field) for field in beyond)
+        and config.get("bias", "none") == "none"
+        and not any(".lora_embedding_" in key for key in saved.infos)
+    )
 
 
 def _peft_types() -> set[str]:

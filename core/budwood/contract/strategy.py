@@ -77,6 +77,8 @@ class Strategy(Plugin):
 
     adapter_types: ClassVar[tuple[str, ...]] = ()
     """PEFT's names of the adapter types that it reads, such as "LORA", for adapters saved by PEFT itself."""
+    beyond_linears: ClassVar[bool] = False
+    """Whether its adapters change other parts of the base than weights of linears, so that no LoRA comes near them."""
     uses_reference: Literal["", "start", "base"] = ""
     """Which `step.reference()` it uses: the model at the start, or the base. It is then computed before the forward."""
     caches_reference: bool = False

@@ -26,6 +26,7 @@ class Replacing(Strategy):
 
     api = 2
     slots = ("adapter",)
+    beyond_linears = True
     peft_config: ClassVar[str] = ""
     FIELDS: ClassVar[tuple[str, ...]] = ()
 

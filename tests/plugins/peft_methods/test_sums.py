@@ -19,6 +19,8 @@ from budwood.adapters.store import read_adapter
 from budwood.cli.app import app
 from budwood.contract.loading import load_strategy
 from budwood.errors import BudwoodError, InputError
+from budwood.serving.exports.targets import export_for
+from budwood.serving.exports.wanted import Wanted
 from budwood.serving.material.combine import combine
 from budwood.serving.verify import verify
 
@@ -133,9 +135,42 @@ def test_methods_without_a_sum_say_so_and_what_to_do(tiny_base: Path, tmp_path: 
     assert not hasattr(load_strategy(method)[0], "combine_adapters")
     folder = stock(tiny_base, tmp_path / "a", method, METHODS[method], 1)
     with pytest.raises(
-        InputError, match=f"adapters of type '{method}' is none of that type: convert each to LoRA first"
+        InputError, match=f"adapters of type '{method}' is none of that type. Convert each to LoRA first"
     ):
         combine([folder, folder], tmp_path / "sum", base=str(tiny_base), device="cpu")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_lora_is_suggested_where_an_export_makes_one(tiny_base: Path, tmp_path: Path, method: str) -> None:
+    """A pair of types gets the suggestion if both become LoRA, so every type is tried once, beside one that does."""
+    folder = stock(tiny_base, tmp_path / "a", method, METHODS[method], 1)
+    other = stock(tiny_base, tmp_path / "b", *(("loha", METHODS["loha"]) if method != "loha" else ("ia3", {})), seed=1)
+    with pytest.raises(InputError, match="adapters of one type can be combined") as caught:
+        combine([folder, other], tmp_path / "sum", base=str(tiny_base), device="cpu")
+    wanted = Wanted("peft", "lora", 64, base=str(tiny_base), device="cpu", force=True)
+    try:
+        export_for(folder, tmp_path / "lora", wanted)
+        possible = True
+    except InputError:
+        possible = False
+    assert (
+        ("Convert each to LoRA first" in str(caught.value))
+        == possible
+        == (method not in ("ln_tuning", "trainable_tokens"))
+    )
+
+
+@pytest.mark.parametrize("method", ["loha", "ia3"])
+def test_lora_is_not_suggested_beside_a_head_that_no_lora_holds(tiny_base: Path, tmp_path: Path, method: str) -> None:
+    folders = [
+        stock(tiny_base, tmp_path / name, kind, METHODS[kind], 1, modules_to_save=["lm_head"])
+        for name, kind in (("a", method), ("b", "loha"))
+    ]
+    with pytest.raises(InputError) as caught:
+        combine(folders, tmp_path / "sum", base=str(tiny_base), device="cpu")
+    assert "to LoRA" not in str(caught.value)
+    with pytest.raises(InputError, match="cannot be exported as 'lora': use peft.$"):
+        export_for(folders[0], tmp_path / "out", Wanted("peft", "lora", base=str(tiny_base)))
 
 
 def edited(folder: Path, out: Path, **changes: Any) -> Path:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from budwood.adapters.export import converted
+from budwood.adapters.export import can_be_lora, converted
 from budwood.adapters.live_update import LiveUpdate
 from budwood.adapters.peft_config import PREFIX
 from budwood.adapters.store import CONFIG, WEIGHTS, SavedAdapter
@@ -91,6 +91,8 @@ def factors_of(saved: SavedAdapter, program: str, *, alone: bool = True, exporti
     remedy = f"convert it to LoRA first, which is lossy: {command}"
     if exporting:
         remedy = "convert it with --as lora --rank R, or merge it: --for merged"
+    if not can_be_lora(saved):
+        remedy = _merged(saved, exporting)
     if saved.config.get("use_dora"):
         raise InputError(f"{saved.directory}: it is DoRA (use_dora), which {program} cannot hold: {remedy}")
     if saved.config.get("target_parameters"):

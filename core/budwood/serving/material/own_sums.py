@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from budwood.adapters.export import can_be_lora
 from budwood.adapters.golden import Distance
 from budwood.adapters.manifest import MadeRecord
 from budwood.adapters.owner import start_owner
@@ -21,7 +22,6 @@ from budwood.contract.loading import load_strategy
 from budwood.errors import CorruptError, InputError
 from budwood.serving.material.derived import Workbench
 
-REMEDY = "convert each to LoRA first, which is lossy: budwood adapter export DIR OUT --for peft --as lora --rank R"
 FP32_MAX = torch.finfo(torch.float32).max
 
 _Result = TypeVar("_Result")
@@ -109,15 +109,22 @@ def has_own_sum(parts: Sequence[SavedAdapter], method: str) -> bool:
         other = next(part for part in parts if part.adapter_type != first.adapter_type)
         raise InputError(
             f"{other.directory}: is of type '{other.adapter_type}', but {first.directory} of "
-            f"'{first.adapter_type}': adapters of one type can be combined. Or {REMEDY}."
+            f"'{first.adapter_type}': adapters of one type can be combined.{_remedy(parts)}"
         )
-    raise _no_sum(first)
+    raise _no_sum(parts)
 
 
-def _no_sum(part: SavedAdapter) -> InputError:
-    return InputError(
-        f"{part.directory}: the weighted sum of adapters of type '{part.adapter_type}' is none of that type: {REMEDY}."
-    )
+def _no_sum(parts: Sequence[SavedAdapter]) -> InputError:
+    kind = parts[0].adapter_type
+    text = f"{parts[0].directory}: the weighted sum of adapters of type '{kind}' is none of that type."
+    return InputError(f"{text}{_remedy(parts)}")
+
+
+def _remedy(parts: Sequence[SavedAdapter]) -> str:
+    """Return how all of them become LoRA, whose sums are LoRA; "" if one cannot."""
+    if not all(map(can_be_lora, parts)):
+        return ""
+    return " Convert each to LoRA first, which is lossy: budwood adapter export DIR OUT --for peft --as lora --rank R."
 
 
 def too_large() -> InputError:
@@ -138,7 +145,7 @@ def combine_own(parts: Parts, weights: Sequence[float], out: Path, record: MadeR
     owner = start_owner(first)
     result = ask_owner(owner, "combine_adapters", adapters=parts.saved, weights=list(weights), base=parts.model)
     if result is None:
-        raise _no_sum(first)
+        raise _no_sum(parts.saved)
     config, tensors = result
     if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
         raise too_large()
