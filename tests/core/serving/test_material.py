@@ -209,6 +209,17 @@ def test_diff_measures_the_updates(pair, tmp_path):
     assert same.same and not same.fields and not same.tensors and same.total.distance == 0
 
 
+def test_diff_and_combine_say_that_the_bases_differ(tiny_bases, pair, tmp_path):
+    wider = make_saved(tiny_bases("wider", hidden_size=32), tmp_path / "b")
+    wider = as_stock(wider, tmp_path / "wider", "")
+    for words in (["diff"], ["combine"]):
+        out = [str(tmp_path / "out"), "--allow-other-base"] if words == ["combine"] else []
+        done = CliRunner().invoke(app, ["adapter", *words, str(pair[0]), str(wider), *out])
+        assert isinstance(done.exception, InputError), done.output
+        text = str(done.exception)
+        assert text.startswith(f"{wider}: its update of 'model.layers.0.") and "they are of different bases." in text
+
+
 def test_diff_compares_tensors_of_what_is_no_low_rank_update(tiny_base, tmp_path):
     one = make_saved(tiny_base, tmp_path / "a", use_dora=True)
     other = make_saved(tiny_base, tmp_path / "b", use_dora=True, seed=2)

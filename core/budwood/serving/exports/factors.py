@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,24 @@ def _folded(saved: SavedAdapter, path: str, update: LiveUpdate, exporting: bool)
             f"{saved.directory}: its update of '{path}' is not low-rank alone: {_merged(saved, exporting)}"
         )
     return update.a.float(), update.b.float() * update.scaling
+
+
+def check_same_shapes(path: str, parts: Sequence[SavedAdapter], pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Check that updates of one linear by several adapters have one shape.
+
+    Args:
+        parts: the adapters, in the order of their updates.
+
+    Raises:
+        InputError: an update has another shape than the first, so that the bases differ.
+    """
+    shapes = [[len(b), a.shape[1]] for a, b in pairs]
+    for part, shape in zip(parts, shapes, strict=True):
+        if shape != shapes[0]:
+            raise InputError(
+                f"{part.directory}: its update of '{path}' has the shape {shape}, but that of {parts[0].directory} "
+                f"{shapes[0]}: they are of different bases."
+            )
 
 
 def padded(factors: Factors, rank: int) -> Factors:

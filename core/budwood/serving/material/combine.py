@@ -19,6 +19,7 @@ from budwood.errors import InputError, did_you_mean
 from budwood.serving.exports.difference import decomposed
 from budwood.serving.exports.factors import (
     Factors,
+    check_same_shapes,
     factors_of,
     largest_rank,
     norm_share,
@@ -213,21 +214,12 @@ def _sum(parts: Sequence[SavedAdapter], updates: Sequence[Factors], weights: Seq
     for path in dict.fromkeys(path for update in updates for path in update):
         pairs = [(update[path], weight) for update, weight in zip(updates, weights, strict=True) if path in update]
         owners = [part for part, update in zip(parts, updates, strict=True) if path in update]
-        _same_shape(path, owners, [(len(b), a.shape[1]) for (a, b), _ in pairs])
+        check_same_shapes(path, owners, [pair for pair, _ in pairs])
         result[path] = (
             torch.cat([a for (a, _), _ in pairs]),
             torch.cat([weight * b for (_, b), weight in pairs], 1),
         )
     return result
-
-
-def _same_shape(path: str, parts: Sequence[SavedAdapter], shapes: Sequence[tuple[int, int]]) -> None:
-    for part, shape in zip(parts, shapes, strict=True):
-        if shape != shapes[0]:
-            raise InputError(
-                f"{part.directory}: its update of '{path}' has the shape {list(shape)}, but that of "
-                f"{parts[0].directory} {list(shapes[0])}: they are of different bases."
-            )
 
 
 def _approximation(

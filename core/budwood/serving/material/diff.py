@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from budwood.adapters.golden import Distance, Golden
 from budwood.adapters.store import GOLDEN, SavedAdapter, read_adapter
 from budwood.errors import InputError
-from budwood.serving.exports.factors import Factors, factors_of, squared_norm
+from budwood.serving.exports.factors import Factors, check_same_shapes, factors_of, squared_norm
 
 NAN = float("nan")
 _RECORDED = ("base", "task", "labels", "tokenizer", "template", "chat", "on_messages", "stop_ids", "metrics")
@@ -76,24 +76,23 @@ def diff(one: str | Path, other: str | Path) -> Difference:
     Loads no base.
 
     Raises:
-        InputError, CorruptError: an adapter cannot be read.
+        InputError: an adapter cannot be read, or they update one linear in different shapes, as of different bases.
+        CorruptError: an adapter is damaged.
     """
     first, second = read_adapter(one), read_adapter(other)
     notes: list[str] = []
+    factors = None
     try:
-        modules = _modules(
-            factors_of(first, "a comparison", alone=False), factors_of(second, "a comparison", alone=False)
-        )
-        low_rank = True
+        factors = [factors_of(saved, "a comparison", alone=False) for saved in (first, second)]
     except InputError as error:
         notes.append(f"tensors are compared one by one, since an adapter is no sum of low-rank updates: {error}")
-        modules, low_rank = [], False
-    tensors = _tensors(first.load_tensors(), second.load_tensors(), low_rank)
+    modules = [] if factors is None else _modules((first, second), *factors)
+    tensors = _tensors(first.load_tensors(), second.load_tensors(), factors is not None)
     same = first.identity == second.identity
     return Difference(same, _fields(first, second), tensors, modules, _answers(first, second), notes)
 
 
-def _modules(first: Factors, second: Factors) -> list[ModuleDifference]:
+def _modules(adapters: Sequence[SavedAdapter], first: Factors, second: Factors) -> list[ModuleDifference]:
     modules = []
     for path in sorted({*first, *second}):
         ours, theirs = first.get(path), second.get(path)
@@ -102,9 +101,8 @@ def _modules(first: Factors, second: Factors) -> list[ModuleDifference]:
         ranks = [len(pair[0]) if pair is not None else 0 for pair in pairs]
         product = 0.0
         if ours is not None and theirs is not None:
+            check_same_shapes(path, adapters, [ours, theirs])
             (a, b), (c, d) = ours, theirs
-            if a.shape[1] != c.shape[1] or len(b) != len(d):
-                raise InputError(f"their updates of '{path}' have different shapes: they are of different bases.")
             product = float(((b.double().mT @ d.double()) * (a.double() @ c.double().mT)).sum())
         squared = norms[0] ** 2 + norms[1] ** 2 - 2 * product
         apart = math.sqrt(squared) if squared > 1e-14 * (norms[0] ** 2 + norms[1] ** 2) else 0.0  # rounding below it
