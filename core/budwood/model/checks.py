@@ -19,6 +19,7 @@ from budwood.contract.loading import create
 from budwood.errors import BudwoodError, CorruptError, InputError, ResourceError, describe, first_line
 from budwood.model.checkpoint import read_config, read_tensors, resolve
 from budwood.model.missing_head import check_head
+from budwood.model.outputs import take_outputs
 from budwood.model.quantizers import Quantizer
 from budwood.untrusted.redaction import shorten
 
@@ -314,6 +315,7 @@ def load_config(path: Path, trust_remote_code: bool, changes: dict[str, Any]) ->
                 "pip install -U transformers, or take another base."
             ) from error
         raise CorruptError(f"{path / 'config.json'}: {first_line(error)}") from error
+    take_outputs(config)
     config._attn_implementation = None  # a checkpoint may name a kernel on the hub
     return config
 

@@ -23,6 +23,7 @@ from budwood.errors import BudwoodError, InputError
 from budwood.model.base import Base
 from budwood.model.checkpoint import read_config, resolve
 from budwood.model.decoding import end_tokens
+from budwood.model.outputs import give_back_outputs
 from budwood.serving.pool import AdapterPool, load_for_task
 from budwood.serving.probes import probes_of
 from budwood.serving.verify import base_name, open_pool
@@ -152,6 +153,7 @@ def merge(
                 f"{saved.directory}: on this base it is another model than the one that training recorded "
                 f"({report.recorded}; the bases alone: {setting}): nothing was written. Use the base of its run."
             )
+    give_back_outputs(model.config)
     with complete_directory(out) as folder:
         model.to(target).save_pretrained(folder)  # type: ignore[operator]
         _keep_chat(saved, pool, folder)

@@ -13,6 +13,7 @@ from budwood.contract.strategy import hookimpl
 from budwood.contract.types import LossTerm, Outputs, Run, Step
 from budwood.model.evaluation import at_least_fp32
 from budwood.model.experts import RoutedExperts, count_experts, expert_load
+from budwood.model.outputs import asks_for
 
 
 class LoadBalance:
@@ -36,7 +37,7 @@ class LoadBalance:
         """Return the loss of a model whose configuration asks for it with `output_router_logits`."""
         config = model.config.get_text_config()
         coefficient = getattr(config, "router_aux_loss_coef", 0.0)
-        if not getattr(config, "output_router_logits", False) or not coefficient or not _routers(model):
+        if not asks_for(config, "output_router_logits") or not coefficient or not _routers(model):
             return None
         return cls(model, coefficient, config.num_experts_per_tok)
 
@@ -79,13 +80,14 @@ def routing_sums(logits: list[Tensor], chosen: int, real: Tensor) -> dict[str, T
         chosen: number of experts that are used.
         real: [n] bool, false for padding.
     """
-    rows = torch.cat([layer.reshape(-1, layer.shape[-1])[real] for layer in logits])
+    counted = real.repeat(len(logits))[:, None]  # rows are masked, not selected: their number is unknown to a plan
+    rows = torch.cat([layer.reshape(-1, layer.shape[-1]) for layer in logits]).masked_fill(~counted, 0)
     probabilities = at_least_fp32(rows).softmax(-1)
     picked = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(chosen, -1).indices, 1.0)
     return {
-        "chosen": picked.sum(0, keepdim=True).long(),
-        "probabilities": probabilities.sum(0, keepdim=True),
-        "tokens": torch.tensor([len(rows)], device=rows.device),
+        "chosen": (picked * counted).sum(0, keepdim=True).long(),
+        "probabilities": (probabilities * counted).sum(0, keepdim=True),
+        "tokens": counted.sum(0),
     }
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from tests.core.model.test_experts import make_family
 from torch import nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from budwood.model.experts import trains
+from budwood.planning.check import check
+from budwood.serving.merge import merge
+from budwood.serving.pool import AdapterPool
 from budwood.training.loop import tune
 from budwood.training.mixture import describe_loads, load_balance, routing_sums
 
@@ -31,7 +35,9 @@ def test_a_run_adds_it_where_the_base_asks_for_it_and_reports_the_load(tmp_path,
     config |= {"output_router_logits": True, "router_aux_loss_coef": 0.5}
     (tmp_path / "base/config.json").write_text(json.dumps(config))
     base, train = {"model": str(tmp_path / "base")}, {"steps": 2, "gradient_checkpointing": True}
-    run = tune(make_recipe(base=base, train=train))
+    rows = "".join(json.dumps({"prompt": "a" * n, "completion": " b"}) + "\n" for n in (1, 9, 30))
+    (tmp_path / "eval.jsonl").write_text(rows, encoding="utf-8")
+    run = tune(make_recipe(base=base, train=train, data={"eval": str(tmp_path / "eval.jsonl")}))
     steps = recorded(run)
     assert len(steps) == 2 and all(2.9 < step["load_balance"] < 6 for step in steps)  # 3 of 6 experts: 3 if even
     (line,) = [line for line in said if line.startswith("load of the experts: ")]
@@ -43,6 +49,26 @@ def test_a_run_adds_it_where_the_base_asks_for_it_and_reports_the_load(tmp_path,
     for one, other in zip(steps, recorded(split), strict=True):
         for name in ("loss", "load_balance", "gradient_norm"):
             assert abs(one[name] - other[name]) < 1e-4 * one[name], name
+
+
+@pytest.mark.parametrize("asked", [{"output_router_logits": True, "router_aux_loss_coef": 0.5}, {"return_dict": False}])
+def test_what_a_base_asks_transformers_to_return_changes_nothing_else(asked, tmp_path, make_recipe):
+    make_family("Olmoe", tmp_path / "base")
+    plain = answers(tmp_path / "base")
+    path = tmp_path / "base/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | asked))
+    assert answers(tmp_path / "base") == plain
+    recipe = make_recipe(base={"model": str(tmp_path / "base"), "quantization": "none"})
+    assert "not planned" not in str(check(recipe).rows)
+    run = tune(recipe, quiet=True)
+    merge(run.directory / "adapter", tmp_path / "merged")
+    assert asked.items() <= json.loads((tmp_path / "merged/config.json").read_text()).items()
+
+
+def answers(base):
+    """Return a base's answers to prompts of different lengths, in one batch."""
+    pool = AdapterPool(str(base), quantization="none", precision="fp32")
+    return [answer.tokens for answer in pool.generate(["a", "a longer prompt"], max_new_tokens=4)]
 
 
 def recorded(run):
