@@ -41,8 +41,8 @@ def page(run: RunFiles) -> str:
     """Return the page as HTML."""
     style = (resources.files("budwood") / "training" / "page.css").read_text(encoding="utf-8")
     name, sections = run.directory.name or "run", (
-        _metrics(run), _curves(run), _figures(run), _samples(run), _ranks(run), _composition(run), _data(run),
-        _plan(run), _environment(run), _recipe(run),
+        _metrics(run), _curves(run), _figures(run), _samples(run), _ranks(run), _experts(run), _composition(run),
+        _data(run), _plan(run), _environment(run), _recipe(run),
     )  # fmt: skip
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
@@ -179,6 +179,32 @@ def _ranks(run: RunFiles) -> str:
     )
     text = f"<p>{sum(ranks.values()):,} ranks in {len(ranks)} modules; a module that is not listed has its default.</p>"
     return _section("Ranks", f'{text}<div class="wide"><table><tbody>{rows}</tbody></table></div>', len(ranks) > 40)
+
+
+def _experts(run: RunFiles) -> str:
+    """Show the share of the tokens of its layer that each expert of a mixture got in training."""
+    rows, loads = [], run.manifest.get("experts") or {}
+    for path, shares in loads.items():
+        even = [float(share) * len(shares) for share in shares]
+        cells = "".join(
+            f'<rect x="{expert}" opacity="{min(times / 2, 1):.2f}"><title>expert {expert}: {share:.2%}</title></rect>'
+            for expert, (share, times) in enumerate(zip(shares, even, strict=True))
+        )
+        numbers = "".join(
+            f'<td class="n">{text}</td>' for text in (f"{min(even):.2f}", f"{max(even):.2f}", even.count(0))
+        )
+        strip = f'<svg class="load" viewBox="0 0 {len(even)} 1" preserveAspectRatio="none">{cells}</svg>'
+        rows.append(f"<tr><td>{escape(path)}</td>{numbers}<td>{strip}</td></tr>")
+    if not rows:
+        return ""
+    names = ("least, × even", "most, × even", "without tokens")
+    head = "".join(f'<th class="n">{name}</th>' for name in names)
+    text = (
+        "<p>Each expert's share of the tokens of its layer in training, first to last: blank is none, half tone "
+        "an even share, full tone twice that or more.</p>"
+    )
+    table = f"<thead><tr><th></th>{head}<th>experts</th></tr></thead><tbody>{''.join(rows)}</tbody>"
+    return _section("Load of the experts", f'{text}<div class="wide"><table>{table}</table></div>', len(rows) > 40)
 
 
 def _composition(run: RunFiles) -> str:

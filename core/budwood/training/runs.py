@@ -18,7 +18,7 @@ BOOKKEEPING = ("kind", "step", "tokens", "skipped", "best_step")
 """Fields of a record that are no curves."""
 
 
-SECTIONS = ("base", "before", "best_metric", "data", "metrics", "versions")
+SECTIONS = ("base", "before", "best_metric", "data", "experts", "metrics", "versions")
 """Fields of a manifest that are mappings."""
 
 

@@ -27,6 +27,7 @@ def write_run(folder: Path, rate: float = 1e-3, loss: float = 1.0, evil: str = "
         "best_metric": {"name": "eval_accuracy", "higher": True}, "before": {"eval_accuracy": 0.1},
         "metrics": {"eval_accuracy": 1 - loss / 4, "best_step": 3.0}, "peak_memory_bytes": 2**30, "seconds": 2.0,
         "planned": {"memory": {"peak_bytes": 1}, "host": {"peak_bytes": 2**31}, "time": {"seconds": [7, 9]}},
+        "experts": {f"{evil}layers.0.experts": [0.5, 0.3, 0.2, 0.0]},
         "hooks": [{"owner": "core", "hook": "steps", "calls": 1, "own_seconds": 1.0, "seconds": 8.0}], **changes,
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -59,7 +60,7 @@ def test_page_shows_what_the_run_recorded_and_escapes_it(tmp_path: Path) -> None
     for text in (
         "selects the best, higher is better", "The adapter is that of step 3", "rank budget", "1. adalora",
         "reward 0.9", "reward 0.1", "differs from the data", "8 ranks in 2 modules", "66.7%", "2.00 GiB", "1.00 GiB",
-        "7 to 9 s", "8 s", "33.3%", "learning_rate: 0.001",
+        "7 to 9 s", "8 s", "33.3%", "learning_rate: 0.001", "expert 0: 50.00%", "2.00", "expert 3: 0.00%",
     ):  # fmt: skip
         assert text in html, text
     assert html.count("<figure>") == 3  # loss, accuracy, rank_budget
