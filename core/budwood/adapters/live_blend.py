@@ -55,7 +55,7 @@ def _concatenated(terms: list[tuple[LiveUpdate, float]]) -> LiveUpdate:
     for update, weight in terms:
         if update.a is not None and update.b is not None:
             scale = weight * update.scaling
-            factor = scale if update.gain is None or update.folded else scale * update.gain[:, None]
+            factor = scale if update.gain is None or update.folded else scale * update.gain[..., None]
             a.append(update.a)
             b.append((update.b.float() * factor).to(update.b.dtype))
         if update.gain is not None:
@@ -63,8 +63,8 @@ def _concatenated(terms: list[tuple[LiveUpdate, float]]) -> LiveUpdate:
         if update.offset is not None:
             offsets.append(weight * update.offset)
     return LiveUpdate(
-        torch.cat(a) if a else None,
-        torch.cat(b, 1) if b else None,
+        torch.cat(a, -2) if a else None,  # of experts, A is [E, r, in] and B [E, out, r]
+        torch.cat(b, -1) if b else None,
         gain=_sum(gains, 1.0),
         offset=_sum(offsets),
         folded=bool(gains),

@@ -27,6 +27,8 @@ def experts(live: LiveModule, layout: Layout, adapters: list[LiveAdapter]) -> Ca
 
     def alone(x: Tensor, routing: Routing) -> Tensor:
         update = adapters[0].updates[live.path]
+        if update.folded:
+            return _changed(live.plain(x, routing), x, update, routing)
         y = expert_linear(x, base, routing, update.a, update.b, update.scaling)
         return _scaled(y, update, routing)
 
@@ -40,15 +42,20 @@ def experts(live: LiveModule, layout: Layout, adapters: list[LiveAdapter]) -> Ca
             update = adapter.updates[live.path]
             members = layout.tensor(layout.members(adapter), x.device)
             tokens = torch.isin(rows, members).nonzero()[:, 0]
-            part, own = routing.part(tokens), y.index_select(0, tokens)
-            if update.a is not None and update.b is not None:
-                own = own + update.scaling * low_rank_of_experts(
-                    x.index_select(0, tokens).to(y.dtype), update.a, update.b, part
-                )
-            y = y.index_copy(0, tokens, _scaled(own, update, part))
+            own = y.index_select(0, tokens), x.index_select(0, tokens), update, routing.part(tokens)
+            y = y.index_copy(0, tokens, _changed(*own))
         return y
 
     return alone if len(layout.distinct) == 1 else mixed
+
+
+def _changed(y: Tensor, x: Tensor, update: LiveUpdate, routing: Routing) -> Tensor:
+    """Return the base's output y of an adapter's tokens with its update."""
+    if update.folded:
+        y = _scaled(y, update, routing)
+    if update.a is not None and update.b is not None:
+        y = y + update.scaling * low_rank_of_experts(x.to(y.dtype), update.a, update.b, routing)
+    return y if update.folded else _scaled(y, update, routing)
 
 
 def _scaled(y: Tensor, update: LiveUpdate, routing: Routing) -> Tensor:

@@ -17,7 +17,8 @@ output of all rows of a batch; `rows` [n] int64 are those of this adapter."""
 class LiveUpdate:
     """The update of one frozen linear: y = W x + bias + scaling · B A x, or another function of x and y.
 
-    The update of the experts of a mixture has A [E, r, in], B [E, out, r] and a gain [E, out], and nothing else.
+    The update of the experts of a mixture has A [E, r, in], B [E, out, r] and a gain [E, out], or `folded`, and nothing
+    else.
 
     Attributes:
         a: A [r, in]; None: no low-rank update.

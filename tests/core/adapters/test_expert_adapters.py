@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.core.model.test_experts import FAMILIES, make_family
 from transformers import AutoModelForCausalLM
 
 from budwood import load_base
+from budwood.adapters.live_blend import blend
 from budwood.adapters.live_table import LiveTable, Plan
 from budwood.adapters.store import read_adapter
 from budwood.errors import CorruptError, InputError
@@ -24,10 +26,12 @@ from budwood.serving.merge import merge as merge_folder
 from budwood.serving.verify import open_pool, verify
 from budwood.training import setup
 from budwood.training.loop import tune
+from budwood_adalora.file import live as live_adalora
 from budwood_lora.adapter import attach, merge, tensor_slots
 from budwood_lora.live import live
 
 IDS = torch.arange(1, 61).view(3, 20)
+PLAIN = "AutoModelForCausalLM", torch.float32
 
 
 def stock_adapter(base, folder, **changes):
@@ -166,6 +170,48 @@ def test_adalora_ranks_experts_by_themselves(tmp_path, make_recipe, said):
         export_for(folder, tmp_path / "exported", Wanted("peft", as_type="lora"))
     report = merge_folder(folder, tmp_path / "merged", dtype="fp32")  # which compares it with base and adapter
     assert report.error < 1e-3
+
+
+def test_a_blend_is_the_weighted_sum_of_what_was_merged(tmp_path, make_recipe):
+    make_family("Olmoe", tmp_path / "base")
+    targets = {"targets": ["o_proj", "gate_up_proj", "down_proj"]}
+    made = {
+        "wide": {"lora": {"rank": 4} | targets},
+        "dora": {"lora": {"rank": 3, "dora": True} | targets},
+        "adalora": {"adalora": {"initial_rank": 4, "target_rank": 2, "interval": 1} | targets},
+    }
+    opened = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
+    plain, served = opened(tmp_path / "base").eval(), load_base(tmp_path / "base", "none", *PLAIN).model
+    before, adapters, merged = {n: p.clone() for n, p in plain.named_parameters()}, {}, {}
+    for name, strategy in made.items():
+        train = {"steps": 8, "learning_rate": 3e-2}
+        recipe = make_recipe(name, base={"model": str(tmp_path / "base")}, strategies=[strategy], train=train)
+        folder = tune(recipe, quiet=True).directory / "adapter"
+        saved = read_adapter(folder)
+        live_of = live_adalora if name == "adalora" else live
+        adapters[name] = live_of(served, saved.config, saved.load_tensors())
+        merge_folder(folder, tmp_path / f"merged-{name}", dtype="fp32")
+        merged[name] = dict(opened(tmp_path / f"merged-{name}").named_parameters())
+    table = LiveTable(served)
+    for weights in (
+        {"wide": 0.5, "adalora": 0.75},
+        {"wide": 1.5, "dora": -0.5},
+        {"wide": 0.5, "dora": 1, "adalora": 1},
+    ):
+        with torch.no_grad():
+            for path, parameter in plain.named_parameters():
+                change = sum(weight * (merged[name][path] - before[path]) for name, weight in weights.items())
+                parameter.copy_(before[path] + change)
+            expected = plain(IDS).logits
+            blended = blend({adapters[name]: weight for name, weight in weights.items()}, {})
+            table.add(blended)
+            table.plan = Plan([blended])
+            assert (served(IDS).logits - expected).abs().max() < 2e-5 * (1 + expected.abs().max())
+            table.plan = Plan([None, blended, blended])
+            mixed = served(IDS).logits
+            assert (mixed[1:] - expected[1:]).abs().max() < 2e-5 * (1 + expected.abs().max())
+            assert (mixed[0] - expected[0]).abs().max() > 0.1
+            table.remove(blended)
 
 
 def test_a_router_that_peft_adapts_is_named_by_the_adapter_that_a_run_continues(tmp_path, make_recipe):
