@@ -40,6 +40,7 @@ SIZES: dict[str, Any] = {
     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 300, "num_kv_shared_layers": 0, "lru_width": 32,
 }  # fmt: skip
 CHANGES: dict[str, dict[str, Any]] = {
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
     "dots1": {"n_shared_experts": 1},
     "falcon": {"head_dim": None, "alibi": False},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},

@@ -43,6 +43,7 @@ from budwood.training.batches import StepBatches, count_units
 from budwood.training.loop import train_step
 from budwood.training.micro_tokens import shared_out, wanted
 from budwood.training.on_policy import find_generator
+from budwood.training.packing_check import rows_to_try
 from budwood.training.progress import Progress, planned_steps
 from budwood.training.report import Report
 from budwood.training.run_data import read_data
@@ -323,10 +324,12 @@ def _plan_packing(run: Run, mode: FakeTensorMode) -> None:
         return
     run.model.set_attn_implementation(attention.IMPLEMENTATION)
     with unset_fake_temporarily():
-        batch = collate_for(run, [run.examples[0], run.examples[-1]], "eval")
+        rows = rows_to_try(run, [0, -1], [run.examples[0], run.examples[-1]])
+        batches = [collate_for(run, row, "eval") for row in rows]
     try:
         with torch.no_grad(), autocast(run):
-            run.task.outputs(run.model, _fake(batch, mode))
+            for batch in batches:
+                run.task.outputs(run.model, _fake(batch, mode))
     except BudwoodError:
         raise
     except Exception as error:  # a model class may raise any exception

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ ROUNDING, SIMILAR = 0.05, 0.25
 """Tolerances for logits in 16 bit, or with inputs in 8, relative to the largest: rounding alone, and the limit for the
 independence check. If a token attends to another example, the difference is above 1."""
 
+_BY_LENGTH = re.compile("compress|chunk|index_(topk|block)")
+"""Entries of a config by which a model treats rows beyond a length otherwise."""
+
 
 def check_packing(run: Run, report: Any) -> None:
     """Compare two examples packed together with each alone in the model's own forward; pad rows if they differ.
@@ -32,6 +36,9 @@ def check_packing(run: Run, report: Any) -> None:
     In 16 bit, or if linears round their inputs to 8, the rounding of a deep model may exceed ROUNDING. Rows are then
     packed if neither example's logits depend on the other's inputs: they must be bitwise identical if the other example
     changes.
+
+    Some models do otherwise in rows beyond a length of their config, as those that compress their keys by the hundred;
+    they are also compared at the end of a row as long as the run's.
 
     Args:
         report: an object with a method `say`.
@@ -53,7 +60,8 @@ def _check(run: Run, report: Any, repeat: Callable[[], None]) -> None:
     if not len(order):
         run.packed = task.packs_rows(model)
         return
-    pair = [run.examples[int(order[len(order) // 2])], run.examples[int(order[len(order) // 4])]]
+    chosen = [int(order[len(order) // 2]), int(order[len(order) // 4])]
+    pair = [run.examples[index] for index in chosen]
     if not len(labelled):
         pair = [task.probe(example) for example in pair]  # prompts, whose last output counts
     run.packed = False
@@ -74,17 +82,22 @@ def _check(run: Run, report: Any, repeat: Callable[[], None]) -> None:
     eight = any(quantizer is not None and quantizer.rounds_inputs for quantizer in quantizers)
     coarse = eight or run.dtype in (torch.float16, torch.bfloat16)
     same, similar = (ROUNDING, SIMILAR) if coarse else (1e-4, 1e-4)
-    reason = ""
+    reason, row = "", pair
     try:
         model.set_attn_implementation(attention.IMPLEMENTATION)
         run.packed = True
-        packed = _logits(run, pair)
-        worst = _distance(packed, torch.cat(own))
-        if worst > same and (worst > similar or not _independent(run, pair, packed)):
-            reason = f"packed, its logits differ by {worst:.1%}"
+        for row in rows_to_try(run, chosen, pair):
+            packed = _logits(run, row)
+            worst = _distance(packed, torch.cat(own))
+            if worst > same and (worst > similar or not _independent(run, row, packed)):
+                reason = f"packed, its logits differ by {worst:.1%}"
+                break
     except Exception as error:
         if is_out_of_memory(error):
-            raise ResourceError("out of memory: two examples do not fit at once: lower data.max_length") from error
+            what, remedy = (
+                ("two examples do", "data.max_length") if row is pair else ("a row does", "train.micro_tokens")
+            )
+            raise ResourceError(f"out of memory: {what} not fit at once: lower {remedy}") from error
         if not _raised_by_model(error):
             raise
         forget_failure(model)
@@ -103,6 +116,21 @@ def _check(run: Run, report: Any, repeat: Callable[[], None]) -> None:
         report.say(f"rows are padded, not packed, for this model: {reason}")
 
 
+def rows_to_try(run: Run, indices: Sequence[int], pair: list[Example]) -> list[list[Example]]:
+    """Return the rows in which a model packs the pair if it packs any: itself, and one as long as the run's.
+
+    The longer one ends with the pair, and is only there if the model's config calls for it.
+
+    Args:
+        indices: those of the pair's examples in the run's.
+    """
+    config, lengths = run.model.config.get_text_config(), run.examples.lengths
+    tokens, longest = int(lengths[indices].sum()), max(run.micro_tokens, run.eval_tokens, int(lengths.max()))
+    if tokens >= longest or not any(value and _BY_LENGTH.search(name) for name, value in vars(config).items()):
+        return [pair]
+    return [pair, [example.without_labels() for example in pair] * (-(-longest // tokens) - 1) + pair]
+
+
 def _raised_by_model(error: Exception) -> bool:
     """Whether the model class or torch raised the error, or core's attention does not support the model."""
     if isinstance(error, BudwoodError):
@@ -112,13 +140,16 @@ def _raised_by_model(error: Exception) -> bool:
     return isinstance(error, NotImplementedError) or not inner.startswith("budwood") or "model.ops" in inner
 
 
-def _independent(run: Run, pair: list[Example], packed: Tensor) -> bool:
-    """Whether each example's `packed` logits stay bitwise identical if the other example's inputs change."""
-    for number in range(len(pair)):
-        changed = run.task.altered(run.model, pair[number])
+def _independent(run: Run, row: list[Example], packed: Tensor) -> bool:
+    """Whether each example's `packed` logits stay bitwise identical if the other example's inputs change.
+
+    In a longer row, the first changes too, for all those before the pair.
+    """
+    for number in sorted({0, len(row) - 2, len(row) - 1}):
+        changed = run.task.altered(run.model, row[number])
         if changed is None:
             return False
-        others = list(pair)
+        others = list(row)
         others[number] = changed
         rest = collate_for(run, others, "eval").example_of_label != number
         if not torch.equal(_logits(run, others)[rest], packed[rest]):

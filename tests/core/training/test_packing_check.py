@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.models.architectures import CHANGES, build
 
 from budwood import PluginError
 from budwood.model.ops import attention
+from budwood.planning.check import check
 from budwood.recipe.schema import Recipe
 from budwood.training import packing_check
 from budwood.training.loop import tune
@@ -87,3 +90,16 @@ def test_a_model_whose_logits_differ_even_unpacked_is_rejected(
         PluginError, match="LlamaForCausalLM: logits at labels differ .* by 50.0%; the model class is not supported"
     ):
         tune(make_recipe(train={"steps": 1}))
+
+
+def test_a_model_that_takes_packed_rows_only_below_a_length_gets_padded_ones(
+    make_recipe: Make, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSeek-V4 compresses the keys of every 128 positions; examples are shorter here, the run's rows longer."""
+    monkeypatch.delitem(CHANGES, "deepseek_v4")
+    build("deepseek_v4", "causal-lm", tmp_path / "base")
+    recipe = make_recipe(base={"model": str(tmp_path / "base")}, train={"steps": 1})
+    assert "not planned" not in str(check(recipe).rows)
+    run = tune(recipe)
+    assert not run.packed and run.examples.lengths.max() < 128
+    assert f"{PADDED}: it does not support packed rows (RuntimeError)" in said
