@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.core.model.ops.test_expert_ops import EXPERTS, IN, OUT, TOKENS, chosen, factors, make, reference, weights
+from tests.core.model.test_experts import make_family
 
 import budwood
 from budwood.errors import Interrupted
+from budwood.model.ops.experts import Routing, combine, dispatch, expert_linear
+from budwood.model.quantizers.experts import DenseExperts, FourBitExperts, Int8Experts
 from budwood.recipe.schema import Recipe
 from budwood.serving.verify import verify
 from budwood.training import loop, setup
@@ -186,6 +190,48 @@ def test_tokens_of_other_examples_do_not_change_a_bit(
     """The check that distinguishes the rounding of a deep model from mixed packed examples."""
     monkeypatch.setattr(setup, "ROUNDING", -1.0)
     assert budwood.tune(recipe("run", base={"quantization": "nf4"}, precision="bf16"), quiet=True).packed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "rank"), [("dense", 8), ("nf4", 8), ("nf4", 3), ("int8", 8)])
+def test_products_with_experts_are_those_of_float64(kind: str, rank: int, dtype: torch.dtype) -> None:
+    """In bf16, and with a rank of 8, by the grouped kernel; the others expert by expert. One expert gets no token."""
+    weight = weights().to("cuda")
+    base = {
+        "dense": lambda: DenseExperts(torch.nn.Parameter(weight.to(dtype), requires_grad=False), transposed=False),
+        "nf4": lambda: FourBitExperts.pack(weight, "nf4", double=True),
+        "int8": lambda: Int8Experts.pack(weight),
+    }[kind]()
+    wide = base.dequantize(0, EXPERTS, torch.float32).cpu()
+    there = make(kind).dequantize(0, EXPERTS, torch.float32)
+    assert float((wide - there).norm()) < 0.02 * float(there.norm())
+    picks, generator = chosen(), torch.Generator().manual_seed(3)
+    sizes = ((TOKENS, IN), (TOKENS, 2), (TOKENS, OUT))
+    x, mixture, upstream = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
+    inputs = [tensor.detach().to(dtype) for tensor in (x, *factors(rank, dtype), mixture)]
+    mine = [tensor.to("cuda").requires_grad_() for tensor in inputs]
+    routing = Routing.of(picks.to("cuda"), EXPERTS)
+    y = combine(expert_linear(dispatch(mine[0], routing), base, routing, *mine[1:3], 0.5), mine[3], routing)
+    found = [y, *torch.autograd.grad(y, mine, upstream.to("cuda"))]
+    exact = [tensor.double().requires_grad_() for tensor in inputs]
+    expected = reference(exact[0], wide.double(), exact[1], exact[2], picks, exact[3])
+    wanted = [expected, *torch.autograd.grad(expected, exact, upstream.double())]
+    for one, true in zip(found, wanted, strict=True):
+        bound = 1e-5 if dtype is torch.float32 else 0.03
+        assert float((one.cpu() - true).detach().abs().max()) <= bound * float(true.detach().abs().max())
+
+
+def test_a_mixture_trains_as_on_the_cpu_and_in_4_bit(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    make_family("Olmoe", tmp_path / "base")
+    base = {"model": str(tmp_path / "base")}
+    here = steps(budwood.tune(recipe("cuda", base=base), quiet=True))
+    there = steps(budwood.tune(recipe("cpu", base={**base, "device": "cpu"}), quiet=True))
+    assert here[0]["gradient_norm"] == pytest.approx(there[0]["gradient_norm"], rel=1e-4)
+    assert [step["loss"] for step in here] == pytest.approx([step["loss"] for step in there], rel=1e-3)
+    nf4 = recipe("nf4", base={**base, "quantization": "nf4"}, precision="bf16", steps=12)
+    run = budwood.tune(nf4, quiet=True)
+    assert steps(run)[-1]["loss"] < steps(run)[0]["loss"]
+    assert verify(run.directory / "adapter", device="cuda").exact
 
 
 def test_without_an_adapter_in_use_logits_are_bitwise_identical_to_the_base(
