@@ -388,7 +388,13 @@ def _describe(base: Base, heads: list[str]) -> str:
         return f"{size(base.bytes)} in {precision}, not quantised"
     if find_quantizer(base.quantization).dequantizes:
         return f"{size(base.bytes)} in {precision}: its {base.quantization} weights are dequantised as they are read"
-    names = ["embeddings", *(head for head in heads if any(True for _ in base.model.get_submodule(head).parameters()))]
+    experts = count_experts(base.model)
+    dense = ["experts"] if experts.quantized < experts.total else []
+    names = [
+        *dense,
+        "embeddings",
+        *(head for head in heads if any(True for _ in base.model.get_submodule(head).parameters())),
+    ]
     return (
         f"{size(base.bytes)} in {base.quantization} ({size(base.bytes_unquantized)} in {precision}); "
         f"{base.unquantized_share:.0%} of the weights stay in {precision}: {', '.join(names)}, norms"

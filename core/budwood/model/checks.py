@@ -272,11 +272,12 @@ def check_fused(name: str, model: nn.Module, quantizer: Quantizer) -> None:
     total = sum(p.numel() for p in model.parameters())
     if sum(fused.values()) > FUSED_SHARE * total:
         largest = max(fused, key=lambda key: fused[key])
-        other = "take the unquantised base" if quantizer.stored_only else "set quantization to none"
+        stored = quantizer.stored_only
+        other = "give the unquantised base with quantization nf4" if stored else "set quantization to none"
         raise InputError(
             f"base '{name}': {len(fused)} fused tensors such as '{largest}' hold "
-            f"{size(2 * sum(fused.values()))} of {size(2 * total)} in 16 bit, and {quantizer} cannot quantise them: "
-            f"{other}, or a base without experts."
+            f"{size(2 * sum(fused.values()))} of {size(2 * total)} in 16 bit, and {quantizer} cannot "
+            f"{'read them quantised' if stored else 'quantise them'}: {other}, or a base without experts."
         )
 
 

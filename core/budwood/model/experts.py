@@ -45,7 +45,7 @@ class Experts:
 def count_experts(model: nn.Module) -> Experts:
     """Count the fused experts of a model, which may have adapters."""
     total = quantized = trained = 0
-    for path, experts, is_quantized in _fused(model):
+    for path, experts, is_quantized in fused_experts(model):
         if ".modules_to_save." in path:
             continue  # an adapter's copy
         total += experts
@@ -60,7 +60,7 @@ def trains(model: nn.Module, path: str) -> bool:
     return any(parameter.requires_grad for parameter in model.get_submodule(outer).parameters())
 
 
-def _fused(model: nn.Module) -> Iterator[tuple[str, int, bool]]:
+def fused_experts(model: nn.Module) -> Iterator[tuple[str, int, bool]]:
     """Yield the modules with fused experts: path, number of experts, and whether all their weights are quantised.
 
     In transformers' own modules these are parameters [experts, …, …] or, in DBRX, [experts · inner, …].

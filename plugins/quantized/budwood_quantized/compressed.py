@@ -20,6 +20,7 @@ class CompressedTensors(Stored):
     """compressed-tensors with quantised weights: packed integers, fp8, and others of its formats."""
 
     api = 2
+    takes_fused_experts = False  # transformers unpacks them as it reads them, and reads no others
     stored_names = r"\.weight_(packed|scale)$"
 
     def reads(self, config: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 
 from budwood.contract.calls import attribute_errors
 from budwood.errors import InputError
+from budwood.model.experts import fused_experts
 from budwood.model.quantizers.protocol import Quantizer, Unquantized
 from budwood.untrusted.formats import TensorInfo
 from budwood.untrusted.redaction import shorten
@@ -87,7 +88,8 @@ def check_linears(
     """Check each linear of a checkpoint that transformers loads for a quantiser; arguments as for `packed_linears`.
 
     Raises:
-        InputError: the configuration's `llm_int8_skip_modules` are no names or regular expressions.
+        InputError: the configuration's `llm_int8_skip_modules` are no names or regular expressions; the experts of a
+            mixture are packed, which only MXFP4 reads.
         BudwoodError: see `Quantizer.check_saved`.
     """
     from transformers.quantizers.base import HfQuantizer
@@ -101,6 +103,7 @@ def check_linears(
     left = HfQuantizer.get_modules_to_not_convert(model, skipped, kept)
     body, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
     under = _under(tensors)
+    _check_packed_experts(model, quantizer, body, under)
     for path, module in model.named_modules():
         if module is head or not Unquantized().is_linear(module) or not should_convert_module(path, left):
             continue
@@ -108,6 +111,22 @@ def check_linears(
         if stored is not None:
             with attribute_errors(quantizer, "check_saved"):
                 quantizer.check_saved(stored, Unquantized().shape(module), config, under[stored])
+
+
+def _check_packed_experts(
+    model: nn.Module, quantizer: Quantizer, body: str, under: Mapping[str, Mapping[str, TensorInfo]]
+) -> None:
+    """Refuse packed experts unless the quantiser keeps them as they are stored, or says that it dequantises."""
+    keeps = quantizer.stored_only and type(quantizer).pack_experts is not Quantizer.pack_experts
+    if keeps or quantizer.dequantizes:
+        return
+    for path, _, _ in fused_experts(model):
+        for name, entry in (pair for stored in possible_names(path, body) for pair in under.get(stored, {}).items()):
+            if re.search(quantizer.stored_names or "$^", f".{name}"):
+                raise InputError(
+                    f"{entry.file}: the tensor '{entry.name}' of an expert is packed, and {quantizer} reads no packed "
+                    "experts: give the unquantised base with quantization nf4."
+                )
 
 
 def _under(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
