@@ -126,7 +126,7 @@ def check_base(
             f"or give the unquantised base for {quantization}."
         )
     if tensors:
-        _check_stored_names(path, tensors, quantizer.stored_names if stored is not None else None)
+        _check_stored_names(path, tensors, quantizer if stored is not None else None)
     if device is not None:
         with attribute_errors(quantizer, "check"):
             quantizer.check(str(device))
@@ -191,8 +191,13 @@ def _stored_quantization(name: str, config: dict[str, Any], requested: Quantizer
         PluginError: no working quantiser reads the checkpoint, and one is broken.
     """
     stored = config.get("quantization_config")
-    if not isinstance(stored, dict):
+    if stored is None:
         return None
+    if not isinstance(stored, dict):
+        raise InputError(
+            f"base '{name}': quantization_config in config.json is {shorten(repr(stored))}, and has to be an object: "
+            "take the config.json that was saved with these weights."
+        )
     readers, broken = [], []
     chosen = [requested] if requested is not None and _reads(requested, stored) else installed("budwood.quantizers")
     for candidate in chosen:
@@ -217,23 +222,28 @@ def _stored_quantization(name: str, config: dict[str, Any], requested: Quantizer
     )
 
 
-def _check_stored_names(path: Path, tensors: Iterable[str], expected: str | None) -> None:
+def _check_stored_names(path: Path, tensors: Iterable[str], quantizer: Quantizer | None) -> None:
     """Check that a checkpoint has quantised tensors if, and only if, its configuration says so.
 
     Args:
-        expected: see `Quantizer.stored_names`; None: the configuration says that it is not quantised.
+        quantizer: that of the configuration; None: it says that the checkpoint is not quantised.
 
     Raises:
         InputError: they contradict each other.
     """
-    if expected is None:
-        packed = next((name for name in tensors if PACKED.search(name)), None)
+    packed = next((name for name in tensors if PACKED.search(name)), None)
+    if quantizer is None:
         if packed is not None:
             raise InputError(
                 f"{path}: the tensor '{packed}' is quantised, but config.json has no quantization_config: take the "
                 "config.json that was saved with these weights."
             )
-    elif expected and not any(re.search(expected, name) for name in tensors):
+    elif quantizer.stored_names and not any(re.search(quantizer.stored_names, name) for name in tensors):
+        if packed is not None:
+            raise InputError(
+                f"{path / 'config.json'}: quantization_config says {quantizer.name}, but the tensor '{packed}' is "
+                "quantised in another format: take the config.json that was saved with these weights."
+            )
         raise InputError(
             f"{path / 'config.json'}: quantization_config says that the weights are quantised, but no tensor is: "
             "remove it if these are the original weights, or take the files that belong to it."

@@ -130,12 +130,12 @@ def fake_base(
         try:
             quantizer.after_load(frame, heads)
         except Exception as error:  # an unknown quantiser's code, on tensors without values
-            notes.append(f"quantiser {quantizer} cannot be planned ({first_line(error)}): its base counts unquantised")
+            notes.append(f"{quantizer} cannot be planned ({first_line(error)}): its base counts unquantised")
     claim(frame, quantizer)
     if len(notes) == 1 and quantizer.dequantizes:
         notes.append(f"its {quantizer.name} weights are dequantised as they are read")
     elif len(notes) == 1 and not isinstance(quantizer, Unquantized) and not any(map(is_quantized, frame.modules())):
-        notes.append(f"quantiser {quantizer} cannot be planned: its base counts unquantised")
+        notes.append(f"{quantizer} cannot be planned: its base counts unquantised")
     frame.requires_grad_(False)
     frame.eval()
     use_own_operations(frame)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from budwood import CorruptError
-from budwood_quantized.stored import Stored, missing, sizes_in
+from budwood_quantized.stored import Stored, missing, sizes_in, wrong_setting
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,11 @@ class FineGrainedFP8(_Dequantized):
     dequantizes = True
     method = "fp8"
     stored_names = r"\.weight_scale(_inv)?$"
+
+    def check_stored(self, config: Mapping[str, Any], device: str | None) -> None:
+        block = config.get("weight_block_size")
+        if block is not None and len(sizes_in(block)) != 2:
+            raise wrong_setting("weight_block_size", block, "has to be two numbers: rows and columns of a block")
 
     def check_saved(
         self, path: str, shape: tuple[int, int], config: Mapping[str, Any], tensors: Mapping[str, Any]

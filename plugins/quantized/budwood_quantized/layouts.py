@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from budwood import CorruptError, InputError
-from budwood_quantized.stored import Stored
+from budwood_quantized.stored import SAVED, Stored, is_size, wrong_setting
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +63,9 @@ class GPTQ(_Integers):
                 f"the base is quantised with GPTQ in {config.get('bits')!r} bits (quantization_config in "
                 f"config.json), and 2, 3, 4 and 8 are read: {UNQUANTIZED}."
             )
+        size = config.get("group_size")
+        if not (size in (None, -1) or is_size(size)):
+            raise wrong_setting("group_size", size, "has to be a number of inputs, or -1 for one group")
 
     def replace(self, path: str, module: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
         from budwood_quantized.integers import GPTQLinear
@@ -98,7 +101,10 @@ class HQQ(_Integers):
     stored_names = r"\.W_q$"
 
     def check_stored(self, config: Mapping[str, Any], device: str | None) -> None:
-        for options in _hqq_options(config).values():
+        for name, options in _hqq_options(config).items():
+            field = ".".join(filter(None, ("quant_config", name)))
+            if not isinstance(options, dict):
+                raise wrong_setting(field, options, "has to be an object with weight_quant_params")
             weight = options.get("weight_quant_params")
             if not isinstance(weight, dict) or weight.get("nbits") not in (2, 3, 4, 8):
                 raise InputError(
@@ -114,6 +120,11 @@ class HQQ(_Integers):
                 raise InputError(
                     f"the base is quantised with HQQ with one scale a weight, which is not read: {UNQUANTIZED}."
                 )
+            size, axis, field = weight.get("group_size"), weight.get("axis", 0), f"{field}.weight_quant_params"
+            if not (size is None or is_size(size)):
+                raise wrong_setting(f"{field}.group_size", size, "has to be a number of weights, or null")
+            if axis not in (0, 1):
+                raise wrong_setting(f"{field}.axis", axis, "has to be 0 or 1")
 
     def replace(self, path: str, module: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
         from budwood_quantized.integers import IN_A_WORD, HQQLinear
@@ -136,10 +147,7 @@ class HQQ(_Integers):
 
         for path, module in model.named_modules():
             if isinstance(module, HQQLinear) and (wrong := module.settle()):
-                raise InputError(
-                    f"the base's '{path}.{wrong}' contradicts quant_config in config.json: take the config.json that "
-                    "was saved with these weights."
-                )
+                raise InputError(f"the base's '{path}.{wrong}' contradicts quant_config in config.json: {SAVED}.")
 
 
 def _check_shapes(path: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], why: str) -> None:
@@ -155,7 +163,7 @@ def _check_shapes(path: str, tensors: Mapping[str, Tensor], shapes: Mapping[str,
         if tuple(tensors[name].shape) != shape:
             raise InputError(
                 f"the base's '{path}.{name}' has the shape {list(tensors[name].shape)}, but config.json ({why}) needs "
-                f"{list(shape)}: take the config.json that was saved with these weights."
+                f"{list(shape)}: {SAVED}."
             )
 
 
@@ -164,7 +172,7 @@ def _layout(config: Mapping[str, Any]) -> Any:
     return config.get("checkpoint_format") or config.get("format") or "gptq"
 
 
-def _hqq_options(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _hqq_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of HQQ for linears by their names without model and layer; "" stands for every linear."""
     options = config.get("quant_config")
     if not isinstance(options, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,36 @@ def hide_progress() -> None:
     for name in ("compressors.model_compressors.model_compressor", "quantization.lifecycle.apply"):
         module: Any = importlib.import_module(f"compressed_tensors.{name}")
         module.tqdm = lambda items, **options: items
+
+
+def planned(
+    path: str, shape: tuple[int, int], config: Mapping[str, Any]
+) -> tuple[dict[str, tuple[int, ...]], str | None]:
+    """Return the shapes of the tensors that the library stores a linear in, and the format that its group states.
+
+    Both are empty for a linear that is not quantised.
+
+    Args:
+        path: the name of the linear, which `config` may single out.
+    """
+    from compressed_tensors.compressors import compress_module
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    hide_progress()
+    module = root = nn.Module()
+    *parents, leaf = path.split(".")
+    for parent in parents:
+        module.add_module(parent, nn.Module())
+        module = module.get_submodule(parent)
+    linear: Any = nn.Linear(shape[1], shape[0], bias=False, device="meta")
+    module.add_module(leaf, linear)
+    apply_quantization_config(root, QuantizationConfig.model_validate(dict(config)), run_compressed=False)
+    scheme = getattr(linear, "quantization_scheme", None)
+    if scheme is None or scheme.weights is None:
+        return {}, None
+    stated = scheme.format and scheme.format.value
+    compress_module(linear)
+    return {name: tuple(tensor.shape) for name, tensor in linear.state_dict().items()}, stated
 
 
 class PackedLinear(nn.Module):

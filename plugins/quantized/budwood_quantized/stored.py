@@ -5,13 +5,27 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from budwood import CorruptError, Quantizer, ResourceError
+from budwood import CorruptError, InputError, Quantizer, ResourceError
+
+SAVED = "take the config.json that was saved with these weights"
 
 
 class Stored(Quantizer):
     """A quantiser that reads checkpoints and makes none."""
 
     stored_only = True
+
+
+def wrong_setting(field: str, value: Any, needed: str) -> InputError:
+    """Return the error for an entry of quantization_config in config.json, by its path in there."""
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return InputError(f"the base's config.json: quantization_config.{field} is {shown}, and {needed}: {SAVED}.")
+
+
+def is_size(value: Any) -> bool:
+    """Return whether a value from JSON is a positive number of things."""
+    return type(value) is int and value > 0
 
 
 def missing(path: str, name: str, entry: Any) -> CorruptError:
@@ -25,7 +39,7 @@ def missing(path: str, name: str, entry: Any) -> CorruptError:
 def sizes_in(value: Any) -> tuple[int, ...]:
     """Return the sizes of a block that a file gives, as positive numbers; () if it gives none."""
     given = value if isinstance(value, list | tuple) else ()
-    return tuple(given) if all(type(size) is int and size > 0 for size in given) else ()
+    return tuple(given) if all(map(is_size, given)) else ()
 
 
 def needs(module: str, package: str, name: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from budwood import CorruptError, InputError
-from budwood_quantized.stored import Stored, missing, needs, sizes_in
+from budwood_quantized.stored import Stored, missing, needs, sizes_in, wrong_setting
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,11 @@ class TorchAO(Stored):
         return config.get("quant_method") == "torchao"
 
     def check_stored(self, config: Mapping[str, Any], device: str | None) -> None:
-        for kind in sorted(_kinds(config.get("quant_type"))):
+        given = config.get("quant_type")
+        kind = given.get("default") if isinstance(given, dict) else None
+        if not (isinstance(kind, dict) and str(kind.get("_type", "")).endswith("Config")):
+            raise wrong_setting("quant_type.default", kind, "has to be torchao's description of a configuration")
+        for kind in sorted(_kinds(given)):
             if "Activation" in kind:
                 raise InputError(
                     f"the base is quantised with torchao's {kind}, which also quantises inputs and so gives no exact "

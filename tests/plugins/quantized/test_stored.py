@@ -20,8 +20,11 @@ from tests.plugins.quantized.layouts import gptq, hqq
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from budwood import AdapterPool, CorruptError, InputError, MXFP4Experts, ResourceError, load_base
-from budwood.model.base import check_base
+from budwood.model.base import check_base, skeleton
+from budwood.model.checkpoint import read_tensors
+from budwood.model.checks import find_quantizer
 from budwood.model.quantizers import is_quantized, quantizer_of
+from budwood.model.quantizers.stored import check_linears
 from budwood.recipe.schema import Recipe
 from budwood.serving.exports.targets import export_for
 from budwood.serving.exports.wanted import Wanted
@@ -225,7 +228,7 @@ def test_tensors_that_do_not_fit_each_other_are_named(
         load_base(folder, None, LM, torch.float32)
 
 
-CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+CONFIGS: dict[str, tuple[Any, str]] = {
     "awq": ({"quant_method": "awq", "bits": 4}, "quantised with AWQ, which .* give the unquantised base"),
     "gptq in 5 bits": (
         {"quant_method": "gptq", "bits": 5},
@@ -251,6 +254,43 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"quant_method": "compressed-tensors", "config_groups": {"a": {"input_activations": {"num_bits": 8}}}},
         "quantise inputs, which gives no exact gradient",
     ),
+    "compressed in an unknown format": (
+        {"quant_method": "compressed-tensors", "config_groups": {"a": {}}, "format": "nope"},
+        "quantization_config.format is 'nope', and only pack-quantized, .* are read: take the config.json that was",
+    ),
+    "compressed without groups": (
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        "quantization_config.config_groups is None, and has to say how linears are quantised: take",
+    ),
+    "gptq in groups of none": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 0},
+        "quantization_config.group_size is 0, and has to be a number of inputs",
+    ),
+    "gptq in groups of text": (
+        {"quant_method": "gptq", "bits": 4, "group_size": "big"},
+        "quantization_config.group_size is 'big', and has to be a number of inputs",
+    ),
+    "hqq in groups of text": (
+        {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": "x"}}},
+        "quant_config.weight_quant_params.group_size is 'x', and has to be a number of weights",
+    ),
+    "hqq along no axis": (
+        {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "axis": 5}}},
+        "quant_config.weight_quant_params.axis is 5, and has to be 0 or 1",
+    ),
+    "hqq with text for a linear": (
+        {"quant_method": "hqq", "quant_config": {"mlp.up_proj": "4"}},
+        "quantization_config.quant_config.mlp.up_proj is '4', and has to be an object",
+    ),
+    "torchao of no type": (
+        {"quant_method": "torchao", "quant_type": {"default": {"_type": "Nope"}}},
+        "quantization_config.quant_type.default is {'_type': 'Nope'}, and has to be torchao's description",
+    ),
+    "fp8 in blocks of text": (
+        {"quant_method": "fp8", "weight_block_size": "x"},
+        "quantization_config.weight_block_size is 'x', and has to be two numbers",
+    ),
+    "no object": ("gptq", "quantization_config in config.json is 'gptq', and has to be an object"),
     "no quantised tensors": (
         {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}},
         "quantization_config says that the weights are quantised, but no tensor is",
@@ -284,6 +324,12 @@ def test_quantised_tensors_without_a_quantization_config_are_refused(tiny_base: 
         check_base(tmp_path / "base")
 
 
+SOUND = {
+    "torchao": {"quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}},
+    "compressed-tensors": {"config_groups": {"a": {"targets": ["Linear"]}}},
+}
+
+
 @pytest.mark.parametrize(("method", "library"), [("torchao", "torchao"), ("compressed-tensors", "compressed_tensors")])
 def test_a_missing_library_is_named_with_its_extra(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, library: str
@@ -297,11 +343,69 @@ def test_a_missing_library_is_named_with_its_extra(
     }
     save_file({names[name]: t for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    stored = {"quant_method": method, **SOUND[method]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
     own = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == library else own(name, *rest))
     with pytest.raises(ResourceError, match=rf"pip install 'budwood\[{method}\]'"):
         check_base(folder, device="cpu")
+
+
+def test_tensors_of_another_format_than_that_of_the_configuration_are_refused(tiny_base: Path, tmp_path: Path) -> None:
+    gptq(tiny_base, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        InputError, match="quantization_config says int8, but the tensor '.*qweight' is quantised in an"
+    ):
+        check_base(tmp_path / "base")
+
+
+COMPRESSED: list[tuple[dict[str, Any], str]] = [
+    ({"format": "int-quantized"}, "quantization_config.format is 'int-quantized', and '.*' is stored in another"),
+    ({"num_bits": 8}, r"weight_packed' has the shape \(64, 8\), and num_bits and group_size in .* need \(64, 16\)"),
+    ({"group_size": 16}, r"weight_scale' has the shape \(64, 2\), and num_bits and group_size in .* need \(64, 4\)"),
+    (
+        {"type": "nope"},
+        "quantization_config in config.json: ValidationError: .*weights.type.*: take the config.json",
+    ),
+    ({"ignore": ["lm_head", "re:.*k_proj"]}, "k_proj.weight_packed' is quantised, and config_groups and ignore in"),
+    ({"weight_scale": None}, "k_proj.weight_scale' is missing, without which"),
+    ({"weight_packed": None, "weight_scale": None}, "k_proj.weight' is not quantised, and config_groups and ignore in"),
+]
+"""Changes to the configuration, or tensors of a linear that are removed; the message."""
+
+
+@pytest.fixture(scope="module")
+def compressed(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed(tiny_base, tmp_path_factory.mktemp("compressed") / "base")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("changes", "message"), COMPRESSED)
+def test_compressed_tensors_that_contradict_their_configuration_are_refused(
+    compressed: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """A format that is none, or another, trained without a word; the rest was found as weights loaded."""
+    folder = shutil.copytree(compressed, tmp_path / "base")
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    stored, name = config["quantization_config"], "model.layers.0.self_attn.k_proj."
+    for key, value in changes.items():
+        if value is None:
+            del tensors[name + key]
+        else:
+            (stored if key in stored else stored["config_groups"]["group_0"]["weights"])[key] = value
+    if "weight_packed" in changes:
+        del tensors[f"{name}weight_shape"]
+        tensors[f"{name}weight"] = torch.zeros(32, 64)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    info = check_base(folder)
+    with pytest.raises((CorruptError, InputError), match=message):
+        check_linears(skeleton(folder), find_quantizer(info.quantization), stored, read_tensors(folder))
+    with pytest.raises((CorruptError, InputError), match=message):
+        load_base(folder, None, LM, torch.float32)
 
 
 def test_the_name_of_a_stored_format_does_not_quantise_a_base(tiny_base: Path) -> None:

@@ -104,6 +104,7 @@ def check_linears(
     body, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
     under = _under(tensors)
     _check_packed_experts(model, quantizer, body, under)
+    _check_config(config)
     for path, module in model.named_modules():
         if module is head or not Unquantized().is_linear(module) or not should_convert_module(path, left):
             continue
@@ -111,6 +112,24 @@ def check_linears(
         if stored is not None:
             with attribute_errors(quantizer, "check_saved"):
                 quantizer.check_saved(stored, Unquantized().shape(module), config, under[stored])
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Refuse a configuration that transformers cannot read."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    kind: Any = AUTO_QUANTIZATION_CONFIG_MAPPING.get(str(config.get("quant_method")))
+    if kind is None:
+        return
+    try:
+        kind.from_dict(dict(config))
+    except ImportError:  # which `Quantizer.check` says
+        return
+    except Exception as error:  # a config class may raise any exception on unexpected values
+        raise InputError(
+            f"quantization_config in config.json: {type(error).__name__}: {shorten(str(error), 200)}: take the "
+            "config.json that was saved with these weights."
+        ) from error
 
 
 def _check_packed_experts(
