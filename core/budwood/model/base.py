@@ -32,7 +32,7 @@ from budwood.model.quantizers.experts import quantized_experts
 from budwood.model.quantizers.stored import check_linears, loading_config
 from budwood.model.quiet import import_bitsandbytes, silence_libraries
 from budwood.model.sharding import sharded_as_read, shards_of
-from budwood.model.stated_sizes import wrong_shapes
+from budwood.model.stated_sizes import check_experts, wrong_shapes
 from budwood.model.streaming import slices, trim_heap
 from budwood.parallel.sharding import own_part
 from budwood.untrusted.formats import TensorInfo, read_json
@@ -162,6 +162,7 @@ def load_base(
     _check_size(name, frame, tensors.values())
     quantizer = find_quantizer(info.quantization)
     check_fused(name, frame, quantizer)
+    check_experts(frame, tensors)
     heads = heads_of(frame)
     plan = None
     if info.prequantized and quantizer.own_modules:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from budwood.contract.calls import attribute_errors
+from budwood.errors import CorruptError
 from budwood.model.ops.experts import Routing, combine, dispatch
 from budwood.model.quantizers.experts import DenseExperts, ExpertLinear
 from budwood.model.quantizers.protocol import Quantizer
@@ -23,6 +24,7 @@ from budwood.model.quantizers.protocol import Quantizer
 _COUNTS = ("num_experts", "num_routed_experts", "moe_num_experts")
 """Names by which modules of transformers give their number of experts."""
 _PACKED = "_budwood_packed"
+_PATH = "_budwood_path"
 _LOAD = "_budwood_load"
 _CHOICES = "_budwood_choices"
 
@@ -184,6 +186,7 @@ def open_experts(model: nn.Module) -> None:
         if not names:
             continue
         packed = module.__dict__.pop(_PACKED, {})
+        module.__dict__.pop(_PATH, None)
         for name in names:
             weight: Any = module._parameters.pop(name)
             linear = packed.get(name) or DenseExperts(weight, bool(module.is_transposed))
@@ -230,25 +233,34 @@ def packed_as_read(frame: nn.Module, quantizer: Quantizer, double_quantization: 
     Args:
         frame: an opened model.
     """
-    classes = {type(module).__mro__[2] for module in frame.modules() if isinstance(module, RoutedExperts)}
+    paths: dict[type[nn.Module], list[str]] = {}
+    for path, module in frame.named_modules():
+        if isinstance(module, RoutedExperts):
+            paths.setdefault(type(module).__mro__[2], []).append(path)
+    left = {cls: iter(own) for cls, own in paths.items()}  # a model builds its modules in the frame's order
 
     def assign(self: Any, name: str, value: Any) -> None:
+        if _PATH not in self.__dict__:
+            self.__dict__[_PATH] = next(left[type(self)], "")
         if isinstance(value, nn.Parameter) and value.device.type != "meta" and name in _projections(self):
             weight = value.detach().transpose(1, 2) if self.is_transposed else value.detach()
-            with attribute_errors(quantizer, "pack_experts"), torch.no_grad():
-                linear = quantizer.pack_experts(weight, double_quantization)
+            try:
+                with attribute_errors(quantizer, "pack_experts"), torch.no_grad():
+                    linear = quantizer.pack_experts(weight, double_quantization)
+            except CorruptError as error:
+                raise CorruptError(f"the base's '{self.__dict__[_PATH]}.{name}': {error}") from error
             if linear is not None:
                 self.__dict__.setdefault(_PACKED, {})[name] = linear
                 value = nn.Parameter(value.new_zeros(()).expand(value.shape), requires_grad=False)
                 value._is_hf_initialized = True  # else transformers would fill it
         nn.Module.__setattr__(self, name, value)
 
-    for cls in classes:
-        cls.__setattr__ = assign  # type: ignore[method-assign,assignment]
+    for cls in paths:
+        cls.__setattr__ = assign  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for cls in classes:
+        for cls in paths:
             del cls.__setattr__
 
 

@@ -15,7 +15,7 @@ from budwood.model.checkpoint import read_tensors, resolve
 from budwood.model.checks import check_base, find_quantizer, load_tokenizer, skeleton
 from budwood.model.described import describe_base
 from budwood.model.embeddings import resize, vocabulary_of
-from budwood.model.stated_sizes import check_sizes
+from budwood.model.stated_sizes import check_experts, check_sizes
 from budwood.model.task import Task
 from budwood.recipe.schema import Recipe
 
@@ -113,13 +113,15 @@ def check_quantized(model: Any, recipe: Recipe) -> None:
 
     info = check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code)
     quantizer = find_quantizer(info.quantization)
-    if not info.prequantized and not recipe.base.resize_embeddings and any(info.path.glob("*.safetensors")):
+    tensors = read_tensors(info.path) if any(info.path.glob("*.safetensors")) else {}  # not downloaded yet
+    check_experts(model, tensors)
+    if not info.prequantized and not recipe.base.resize_embeddings and tensors:
         body = f"{model.base_model_prefix}." if model.get_output_embeddings() is None else ""
-        check_sizes(recipe.base.model, model, read_tensors(info.path), body if model.base_model is not model else "")
+        check_sizes(recipe.base.model, model, tensors, body if model.base_model is not model else "")
     mark_quantized(model, quantizer)
-    if info.prequantized and any(info.path.glob("*.safetensors")):
+    if info.prequantized and tensors:
         check = packed_linears if quantizer.own_modules else check_linears
-        check(model, quantizer, info.config["quantization_config"], read_tensors(info.path))
+        check(model, quantizer, info.config["quantization_config"], tensors)
 
 
 def embeddings_wanted(recipe: Recipe, tokenizer: Any) -> int:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+BLOCK = 32
+"""Weights that share an exponent in MXFP4."""
+
+
 class _Dequantized(Stored):
     method: str
 
@@ -31,10 +35,34 @@ class MXFP4(_Dequantized):
     stored_names = r"_blocks$"
     takes_fused_experts = False
 
+    def check_saved_experts(
+        self, path: str, shape: tuple[int, int, int], config: Mapping[str, Any], tensors: Mapping[str, Any]
+    ) -> None:
+        experts, outputs, inputs = shape
+        blocks = (experts, outputs, inputs // BLOCK)
+        wanted = {"_blocks": (*blocks, BLOCK // 2), "_scales": blocks}
+        present = [tensors[name] for name in wanted if name in tensors]
+        for name, size in wanted.items() if present else ():
+            if name not in tensors:
+                raise CorruptError(
+                    f"{present[0].file}: the tensor '{path}{name}' is missing, without which its experts cannot be "
+                    "read: take complete files."
+                )
+            if tensors[name].shape != size:
+                raise CorruptError(
+                    f"{tensors[name].file}: the tensor '{path}{name}' has the shape {tensors[name].shape}, and "
+                    f"config.json gives {size}: take the files that belong together."
+                )
+
     def pack_experts(self, weight: Tensor, double_quantization: bool) -> Any:
         from budwood import MXFP4Experts
 
-        return MXFP4Experts.pack(weight)
+        try:
+            return MXFP4Experts.pack(weight)
+        except ValueError as error:
+            raise CorruptError(
+                f"{error} (a scale of 255 stands for no number): take complete files that belong together."
+            ) from error
 
     def planned_experts(self, shape: tuple[int, int, int], double_quantization: bool) -> Any:
         from budwood import MXFP4Experts

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.core.model.test_experts import make_family
-from tests.plugins.quantized.test_stored import torchao
+from tests.plugins.quantized.test_stored import recipe_of, torchao
 
-from budwood import InputError, load_base
-from budwood.model.base import check_base
+from budwood import CorruptError, InputError, load_base
+from budwood.model.base import check_base, skeleton
+from budwood.recipe.data import check_quantized
 
 LM = "AutoModelForCausalLM"
 EXPERT = "model.layers.0.mlp.experts.3.gate_proj"
@@ -96,3 +97,91 @@ def test_experts_that_the_file_holds_in_16_bit_are_named(mixture: Path, tmp_path
     base = load_base(torchao(mixture, tmp_path / "base", "int8"), None, LM, torch.float32)
     assert "of the weights stay in fp32: experts, embeddings, lm_head, norms" in base.notes[0]
     assert "experts: 0 of 12 in torchao" in base.notes
+
+
+def without(name: str) -> Callable[[dict[str, torch.Tensor]], Any]:
+    return lambda tensors: tensors.pop(name)
+
+
+def shorter(name: str, axis: int = 0) -> Callable[[dict[str, torch.Tensor]], Any]:
+    return lambda tensors: tensors.update({name: tensors[name].narrow(axis, 1, tensors[name].shape[axis] - 1).clone()})
+
+
+def fp8(tensors: dict[str, torch.Tensor]) -> None:
+    """Store the experts in fp8, in blocks of 32 by 32."""
+    for name in [name for name in tensors if ".experts." in name]:
+        tensors[f"{name}_scale_inv"] = torch.ones(*(size // 32 for size in tensors[name].shape))
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+
+def mxfp4(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if name.endswith("_proj") and tensors[name].ndim == 3]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.zeros(experts, outputs, inputs // 32, 16, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.full((experts, outputs, inputs // 32), 120, dtype=torch.uint8)
+
+
+def no_number(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{FUSED}_scales"][1, 0, 0] = 255
+    tensors[f"{FUSED}_blocks"][1] = 0x77
+
+
+FUSED = "model.layers.1.mlp.experts.down_proj"
+FORMATS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], dict[str, Any]]] = {
+    "plain": ("Qwen3Moe", lambda tensors: None, {}),
+    "fp8": (
+        "Qwen3Moe", fp8,
+        {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}},
+    ),
+    "mxfp4": ("GptOss", mxfp4, {"quantization_config": {"quant_method": "mxfp4"}}),
+}  # fmt: skip
+DAMAGE: list[tuple[str, Callable[[dict[str, torch.Tensor]], Any], dict[str, Any], str]] = [
+    ("plain", without(f"{EXPERT}.weight"), {}, f"model.safetensors: the tensor '{EXPERT}.weight' is missing, which"),
+    ("plain", shorter(f"{EXPERT}.weight"), {}, rf"'{EXPERT}.weight' has the shape \(31, 64\), and other .* \(32, 64\)"),
+    ("plain", lambda tensors: None, {"moe_intermediate_size": 64}, "4 weights in another shape than config.json gives"),
+    ("fp8", without(f"{EXPERT}.weight_scale_inv"), {}, f"the tensor '{EXPERT}.weight_scale_inv' is missing, which"),
+    (
+        "fp8", lambda tensors: [tensors.pop(name) for name in list(tensors) if "0.mlp" in name and "scale" in name],
+        {}, "experts.0.down_proj.weight_scale_inv' is missing, without which",
+    ),
+    ("mxfp4", without(f"{FUSED}_scales"), {}, f"the tensor '{FUSED}_scales' is missing, without which its experts"),
+    ("mxfp4", shorter(f"{FUSED}_blocks", 2), {}, rf"'{FUSED}_blocks' has the shape \(4, 64, 0, 16\), and config.json"),
+    ("mxfp4", lambda tensors: None, {"num_local_experts": 8}, r"gate_up_proj_blocks' has the shape \(4, .* \(8, "),
+    ("mxfp4", no_number, {}, f"the base's '{FUSED}': expert 1 has weights that MXFP4 does not have .a scale of 255 st"),
+]  # fmt: skip
+"""Format; what is wrong with the tensors, and in config.json; the message."""
+
+
+@pytest.fixture(scope="module")
+def mixtures(mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small mixture in each of the formats."""
+    folder = tmp_path_factory.mktemp("formats")
+    make_family("GptOss", folder / "GptOss")
+    plain = {"Qwen3Moe": mixture, "GptOss": folder / "GptOss"}
+    return {
+        name: change(plain[family], folder / name, edit, **config) for name, (family, edit, config) in FORMATS.items()
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "damage", "config", "message"), DAMAGE)
+def test_damaged_experts_are_named_before_weights_load(
+    mixtures: dict[str, Path], tmp_path: Path, kind: str, damage: Callable[..., Any], config: dict[str, Any],
+    message: str,
+) -> None:  # fmt: skip
+    """Some was found as weights loaded, in a message without a name; some was called a bug."""
+    folder = change(mixtures[kind], tmp_path / "base", damage, **config)
+    recipe = recipe_of(folder, "nf4" if kind == "plain" else kind, tmp_path)
+    if damage is not no_number:  # a value, which no header shows
+        with pytest.raises(CorruptError, match=message):
+            check_quantized(skeleton(folder), recipe)
+    if "moe_intermediate_size" not in config:
+        with pytest.raises(CorruptError, match=message):
+            load_base(folder, recipe.base.quantization, LM, torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", FORMATS)
+def test_sound_mixtures_load(mixtures: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    check_quantized(skeleton(mixtures[kind]), recipe_of(mixtures[kind], "nf4" if kind == "plain" else kind, tmp_path))
+    load_base(mixtures[kind], "nf4" if kind == "plain" else kind, LM, torch.float32)

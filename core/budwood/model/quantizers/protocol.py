@@ -96,6 +96,20 @@ class Quantizer(Plugin):
             InputError, CorruptError: they contradict the configuration or each other.
         """
 
+    def check_saved_experts(
+        self, path: str, shape: tuple[int, int, int], config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+    ) -> None:
+        """Check the tensors of a projection of all experts of a layer, as `check_saved` does those of a linear.
+
+        Args:
+            path: the name of the projection in the checkpoint.
+            shape: its numbers of experts, outputs and inputs.
+            tensors: by the ends of their names after the projection's, such as "_scales".
+
+        Raises:
+            InputError, CorruptError: they contradict the configuration or each other.
+        """
+
     def stored_config(self, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         """Return the `quantization_config` to load such a checkpoint with, such that it computes in `dtype`."""
         return dict(config)
@@ -150,6 +164,8 @@ class Quantizer(Plugin):
 
     def pack_experts(self, weight: Tensor, double_quantization: bool) -> ExpertLinear | None:
         """Return the linears of all experts of a mixture, quantised expert by expert; None: they stay as they are.
+
+        A CorruptError that it raises gets the name of the projection in front.
 
         Args:
             weight: [E, out, in], on the device of the base, as one checkpoint tensor after the other is read.

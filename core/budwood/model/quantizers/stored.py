@@ -13,7 +13,9 @@ from torch import nn
 from budwood.contract.calls import attribute_errors
 from budwood.errors import InputError
 from budwood.model.experts import fused_experts
+from budwood.model.quantizers.experts import ExpertLinear
 from budwood.model.quantizers.protocol import Quantizer, Unquantized
+from budwood.model.stated_sizes import ONE_EXPERT
 from budwood.untrusted.formats import TensorInfo
 from budwood.untrusted.redaction import shorten
 
@@ -112,6 +114,7 @@ def check_linears(
         if stored is not None:
             with attribute_errors(quantizer, "check_saved"):
                 quantizer.check_saved(stored, Unquantized().shape(module), config, under[stored])
+    _check_experts(model, quantizer, config, body, under)
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
@@ -146,6 +149,27 @@ def _check_packed_experts(
                     f"{entry.file}: the tensor '{entry.name}' of an expert is packed, and {quantizer} reads no packed "
                     "experts: give the unquantised base with quantization nf4."
                 )
+
+
+def _check_experts(
+    model: nn.Module, quantizer: Quantizer, config: Mapping[str, Any], body: str,
+    under: Mapping[str, Mapping[str, TensorInfo]],
+) -> None:  # fmt: skip
+    """Check the experts of a checkpoint, which are stored one by one like linears, or all in one tensor."""
+    for stored, tensors in under.items() if quantizer.dequantizes else ():
+        if ONE_EXPERT.fullmatch(stored) and "weight" in tensors and len(tensors["weight"].shape) == 2:
+            with attribute_errors(quantizer, "check_saved"):
+                quantizer.check_saved(stored, tensors["weight"].shape[:2], config, tensors)
+    for path, module in model.named_modules():
+        if not isinstance(module, ExpertLinear):
+            continue
+        parent, _, leaf = path.rpartition(".")
+        for stored in filter(under.__contains__, possible_names(parent, body)):
+            tensors = {name.removeprefix(leaf): entry for name, entry in under[stored].items() if name.startswith(leaf)}
+            with attribute_errors(quantizer, "check_saved_experts"):
+                shape = (module.experts, module.out_features, module.in_features)
+                quantizer.check_saved_experts(f"{stored}.{leaf}", shape, config, tensors)
+            break
 
 
 def _under(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
