@@ -39,6 +39,10 @@ _PERMUTED = ("xlnet", "xlm")
 FUSED_SHARE = 0.05
 """A base is refused if tensors that its quantiser does not support hold a larger fraction of its weights."""
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "moe_k")
+"""Names by which configurations give the number of experts of a layer, and of those that a router chooses."""
+
 PACKED = re.compile(r"\.(?:qweight|weight_packed|weight_scale_inv|SCB|W_q)$|\.absmax$|_qdata$|_proj_blocks$")
 """Names of tensors that only quantised checkpoints have."""
 
@@ -108,6 +112,7 @@ def check_base(
     local = Path(os.path.expanduser(str(model))).is_dir()  # otherwise the weights may not be downloaded yet
     tensors = read_tensors(path) if local else {}
     _check_layers(path, config, len(tensors))
+    _check_routing(path, config)
     _check_architecture(str(model), config, trust_remote_code)
     stored = _stored_quantization(str(model), config, requested)
     name = stored or quantization or "none"
@@ -157,6 +162,25 @@ def _check_layers(path: Path, config: dict[str, Any], tensors: int) -> None:
         if counts and type(value) is int and value > max(limit, tensors):
             entry = f"{shorten(key)}: {shorten(str(value), 20)}"
             raise CorruptError(f"{path / 'config.json'}: {entry}; its checkpoint has {tensors:,} tensors.")
+
+
+def _check_routing(path: Path, config: dict[str, Any]) -> None:
+    """Refuse a configuration whose routers choose more experts than there are, or none.
+
+    Raises:
+        InputError: the message names the field.
+    """
+    for value in config.values():
+        if isinstance(value, dict):
+            _check_routing(path, value)
+    count = next((config[name] for name in EXPERTS if type(config.get(name)) is int), 0)
+    for name in CHOSEN if count > 1 else ():
+        chosen = config.get(name)
+        if type(chosen) is int and not 1 <= chosen <= count:
+            raise InputError(
+                f"{path / 'config.json'}: {name} is {shorten(str(chosen), 20)}, and each layer has {count} experts: "
+                "take the config.json that was saved with these weights."
+            )
 
 
 def find_quantizer(name: str) -> Quantizer:

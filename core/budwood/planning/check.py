@@ -16,8 +16,8 @@ from budwood.adapters.store import template_hash, tokenizer_hash
 from budwood.contract.types import Run
 from budwood.data.build import overlap
 from budwood.data.examples import Examples
-from budwood.errors import BudwoodError, InputError, ResourceError, plural
-from budwood.model.base import pick_device_precision
+from budwood.errors import BudwoodError, CorruptError, InputError, ResourceError, plural
+from budwood.model.base import check_base, pick_device_precision
 from budwood.model.checkpoint import one_revision
 from budwood.planning.admission import HALVED, available, estimate_here, fits_halved
 from budwood.planning.composition import plan, show
@@ -74,6 +74,8 @@ def check(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Chec
             result.fail("output", error)
         try:
             device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
+            if not result.problems.texts:  # else the base may have been refused
+                check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code, device)
             check_trackers(recipe.train.trackers)
             check_device(recipe, device.type)
             compilation.check_device(recipe, device.type)
@@ -95,7 +97,8 @@ def _composition(recipe: Recipe, result: Check) -> None:
     names = ", ".join(f"{part.name} ({part.distribution} {part.version})" for part in made.parts)
     result.values["strategies"] = [vars(part) for part in made.parts]
     for text, code in zip(made.problems, made.problem_codes, strict=True):
-        result.fail("composition", InputError(text) if code == InputError.exit_code else ResourceError(text))
+        error = next((kind for kind in (InputError, CorruptError) if kind.exit_code == code), ResourceError)
+        result.fail("composition", error(text))
     if not made.problems:
         result.rows.append(("composition", OK, f"{names} on {recipe.base.model}, {recipe.base.task}"))
     result.values["tokenizer_sha256"] = tokenizer_hash(made.tokenizer)

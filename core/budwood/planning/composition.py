@@ -32,7 +32,7 @@ from budwood.model.task import Task
 from budwood.planning.early import Part, Problems, compose, read
 from budwood.planning.estimate import Estimate
 from budwood.recipe.continued import read_start
-from budwood.recipe.data import embeddings_wanted, read_task_base, recipe_task
+from budwood.recipe.data import check_quantized, embeddings_wanted, read_task_base, recipe_task
 from budwood.recipe.file import UNKNOWN
 from budwood.recipe.schema import QUANTIZERS, TASKS, Recipe
 from budwood.training.output import check_output
@@ -128,7 +128,7 @@ def _plan(loaded: Recipe, problems: Problems) -> RunPlan:
     run_plan.task = problems.attempt(lambda: recipe_task(loaded))
     run_plan.start_adapter = problems.attempt(lambda: read_start(loaded))
     _inspect_base(loaded, run_plan, problems)
-    _inspect_machine(loaded, run_plan.notes, problems)
+    _inspect_machine(loaded, run_plan, problems)
     ready = complete and len(valid) == len(strategies) and run_plan.model is not None and run_plan.tokenizer is not None
     alone: list[tuple[Any, Composition]] = [(strategy, Composition([strategy], [])) for strategy in valid]
     if run_plan.task is not None:
@@ -170,20 +170,25 @@ def _inspect_base(recipe: Recipe, run_plan: RunPlan, problems: Problems) -> None
         task, tokenizer = run_plan.task, run_plan.tokenizer
         problems.attempt(lambda: read_task_base(task, recipe))
         run_plan.model = problems.attempt(lambda: skeleton(base.model, task.auto_class, base.trust_remote_code))
+        if run_plan.model is not None:
+            problems.attempt(lambda: check_quantized(run_plan.model, recipe))
         if base.resize_embeddings and run_plan.model is not None and (tokenizer or not task.needs_tokenizer):
             added = problems.attempt(lambda: resize(run_plan.model, embeddings_wanted(recipe, tokenizer), base.model))
             if added is not None:
                 run_plan.notes.append(resize_note(added.start, added.stop))
 
 
-def _inspect_machine(recipe: Recipe, notes: list[str], problems: Problems) -> None:
+def _inspect_machine(recipe: Recipe, run_plan: RunPlan, problems: Problems) -> None:
     """Check the recipe against this machine. It may be meant for another, so only a bad output folder is a problem."""
+    notes, base = run_plan.notes, recipe.base
     problems.attempt(lambda: check_output(recipe.output, overwrite=True))
     if (recipe.output / "manifest.json").is_file():
         notes.append(f"output: {recipe.output} holds another run")
     try:
         device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
         notes.append(f"on this machine: {device}, {precision_name(dtype)} ({reason})")
+        if run_plan.model is not None:  # else the base has been refused
+            check_base(base.model, base.quantization, base.trust_remote_code, device)
     except BudwoodError as error:
         notes.append(f"not on this machine: {error}")
     try:

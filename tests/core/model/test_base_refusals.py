@@ -109,6 +109,14 @@ def test_custom_code_runs_if_it_is_trusted(broken):
     assert base.unquantized_share < 0.4
 
 
+@pytest.mark.parametrize("chosen", [0, 20])
+def test_a_router_that_chooses_more_experts_than_there_are_or_none(broken, chosen):
+    change_config(broken, num_experts=8, num_experts_per_tok=chosen)
+    refused(InputError, f"config.json: num_experts_per_tok is {chosen}, and each layer has 8 experts: take", broken)
+    change_config(broken, num_experts_per_tok=8)
+    check_base(broken)
+
+
 @pytest.mark.parametrize("method", ["quip", "vptq"])
 def test_other_quantised_checkpoints_are_refused_by_name(broken, method):
     change_config(broken, quantization_config={"quant_method": method, "bits": 4})

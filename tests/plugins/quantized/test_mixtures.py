@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ from tests.core.model.test_experts import make_family
 from tests.plugins.quantized.test_stored import recipe_of, torchao
 
 from budwood import CorruptError, InputError, load_base
-from budwood.model.base import check_base, skeleton
-from budwood.recipe.data import check_quantized
+from budwood.model.base import check_base
+from budwood.planning.check import check
+from budwood.planning.composition import plan
 
 LM = "AutoModelForCausalLM"
 EXPERT = "model.layers.0.mlp.experts.3.gate_proj"
@@ -173,8 +175,11 @@ def test_damaged_experts_are_named_before_weights_load(
     folder = change(mixtures[kind], tmp_path / "base", damage, **config)
     recipe = recipe_of(folder, "nf4" if kind == "plain" else kind, tmp_path)
     if damage is not no_number:  # a value, which no header shows
-        with pytest.raises(CorruptError, match=message):
-            check_quantized(skeleton(folder), recipe)
+        found = plan(recipe)
+        assert found.exit_code == 4
+        assert re.search(message, found.problems[0])
+        checked = check(recipe)
+        assert checked.problems.exit_code == 4 and not checked.as_dict()["go"]
     if "moe_intermediate_size" not in config:
         with pytest.raises(CorruptError, match=message):
             load_base(folder, recipe.base.quantization, LM, torch.float32)
@@ -183,5 +188,5 @@ def test_damaged_experts_are_named_before_weights_load(
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_sound_mixtures_load(mixtures: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    check_quantized(skeleton(mixtures[kind]), recipe_of(mixtures[kind], "nf4" if kind == "plain" else kind, tmp_path))
+    assert not plan(recipe_of(mixtures[kind], "nf4" if kind == "plain" else kind, tmp_path)).problems
     load_base(mixtures[kind], "nf4" if kind == "plain" else kind, LM, torch.float32)

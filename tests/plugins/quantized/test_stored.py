@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.conftest import make_tokenizer
 from tests.core.conftest import write_rows
 from tests.plugins.quantized.layouts import gptq, hqq
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
+from transformers.utils import is_compressed_tensors_available, is_torchao_available
 
 from budwood import AdapterPool, CorruptError, InputError, MXFP4Experts, ResourceError, load_base
 from budwood.model.base import check_base, skeleton
@@ -25,6 +27,8 @@ from budwood.model.checkpoint import read_tensors
 from budwood.model.checks import find_quantizer
 from budwood.model.quantizers import is_quantized, quantizer_of
 from budwood.model.quantizers.stored import check_linears
+from budwood.planning.check import check
+from budwood.planning.composition import plan
 from budwood.recipe.schema import Recipe
 from budwood.serving.exports.targets import export_for
 from budwood.serving.exports.wanted import Wanted
@@ -324,31 +328,28 @@ def test_quantised_tensors_without_a_quantization_config_are_refused(tiny_base: 
         check_base(tmp_path / "base")
 
 
-SOUND = {
-    "torchao": {"quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}},
-    "compressed-tensors": {"config_groups": {"a": {"targets": ["Linear"]}}},
-}
-
-
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("method", "library"), [("torchao", "torchao"), ("compressed-tensors", "compressed_tensors")])
 def test_a_missing_library_is_named_with_its_extra(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, library: str
 ) -> None:
     folder = tmp_path / "base"
-    fine_grained(tiny_base, folder)
-    tensors = load_file(folder / "model.safetensors")
-    names = {
-        name: name.replace("_scale_inv", "_scale").replace("up_proj.weight", "up_proj._weight_qdata")
-        for name in tensors
-    }
-    save_file({names[name]: t for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    stored = {"quant_method": method, **SOUND[method]}
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
+    if method == "torchao":
+        torchao(tiny_base, folder, "int8")
+    else:
+        packed(tiny_base, folder)
+    for available in (is_torchao_available, is_compressed_tensors_available):
+        available()  # transformers remembers it
     own = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == library else own(name, *rest))
     with pytest.raises(ResourceError, match=rf"pip install 'budwood\[{method}\]'"):
         check_base(folder, device="cpu")
+    recipe = recipe_of(folder, method, tmp_path)
+    checked = check(recipe)  # this machine cannot run it
+    assert (checked.problems.exit_code, checked.as_dict()["go"]) == (3, False)
+    planned = plan(recipe)  # another may
+    assert planned.exit_code == 0
+    assert any(re.match(rf"not on this machine: .*budwood\[{method}\]", note) for note in planned.notes)
 
 
 def test_tensors_of_another_format_than_that_of_the_configuration_are_refused(tiny_base: Path, tmp_path: Path) -> None:
