@@ -37,8 +37,10 @@ linears trained. All of the following hold, in fp32:
 
 *Packed* says whether several examples share a row without padding; Budwood checks at the start of every run that packed
 examples do not see each other, and pads where they would. *Experts* counts the fused experts of a mixture, which are
-left as they are here; tests/core/adapters/test_expert_adapters.py compares adapters on experts with stock PEFT. The
-linears that a model does not call, but whose weight it reads, as Mamba's kernels do, are left out by
+left as they are here; tests/core/adapters/test_expert_adapters.py compares adapters on experts with stock PEFT. Where
+it says *16 bit*, Budwood does not know the form of the experts: `nf4`, `fp4` and `int8` refuse such a base, and on
+`none` an adapter trains on its other linears alone. Everywhere else these pack the experts, and `lora` and `adalora`
+adapt them. The linears that a model does not call, but whose weight it reads, as Mamba's kernels do, are left out by
 `targets: all-linear` and refused by name.
 """
 
@@ -53,7 +55,8 @@ def page(outcomes: Sequence[Outcome]) -> str:
         for o in shown:
             what = "packed" if o.packed else "padded"
             name = f"**{o.name}: {'; '.join(o.faults)}**" if o.faults else f"`{o.name}`"
-            lines.append(f"| {name} | {o.model_class} | {what} | {o.linears} | {o.experts or ''} |")
+            experts = f"{o.experts or ''}{', 16 bit' * (o.opened < o.experts)}"
+            lines.append(f"| {name} | {o.model_class} | {what} | {o.linears} | {experts} |")
         lines.append("")
     noted = [o for o in outcomes if o.notes]
     if noted:

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.models.architectures import LABELS, build
+from tests.models.architectures import LABELS, TASKS, build
 from torch import Tensor
 
 from budwood import BudwoodError, match_targets
 from budwood.contract.loading import build_task
 from budwood.lowrank import moved_targets
-from budwood.model.experts import count_experts
+from budwood.model.base import skeleton
+from budwood.model.experts import RoutedExperts, count_experts, experts_in
 from budwood.recipe.schema import Recipe
 from budwood.serving.merge import merge
 from budwood.training.loop import tune
@@ -41,7 +42,8 @@ class Outcome:
         faults: what should hold and does not.
         packed: whether rows were packed.
         linears: number of adapted linears.
-        experts: number of fused experts, which `lora` leaves unadapted.
+        experts: number of fused experts, which `lora` leaves unadapted here.
+        opened: how many of these are in a form that quantisers and adapters reach.
         curve, stock, merged: largest differences from stock PEFT's losses, and of the logits of the adapter in stock
             PEFT and of the merged model.
         notes: what a user should know.
@@ -56,6 +58,7 @@ class Outcome:
     packed: bool = False
     linears: int = 0
     experts: int = 0
+    opened: int = 0
     curve: float = 0.0
     stock: float = 0.0
     merged: float = 0.0
@@ -96,6 +99,11 @@ def walk(name: str, task: str, folder: Path) -> Outcome:
     return outcome
 
 
+def opened_experts(frame: Any) -> int:
+    """Return the number of experts of a base without weights that a quantiser packs and an adapter finds."""
+    return sum(experts_in(module) for module in frame.modules() if isinstance(module, RoutedExperts))
+
+
 def _check(outcome: Outcome, cls: Any, folder: Path) -> None:
     base, start = folder / "base", folder / "start"
 
@@ -106,6 +114,7 @@ def _check(outcome: Outcome, cls: Any, folder: Path) -> None:
     task = build_task(outcome.task, {})
     targets = match_targets(model, "all-linear", None)
     outcome.linears, outcome.experts = len(targets), count_experts(model).total
+    outcome.opened = opened_experts(skeleton(base, TASKS[outcome.task]))
     config = LoraConfig(
         r=RANK, lora_alpha=2 * RANK, init_lora_weights=False, task_type=task.peft_task_type,
         target_modules=sorted(set(targets) - set(moved := moved_targets(model, targets))),
