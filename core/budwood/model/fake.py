@@ -18,6 +18,7 @@ from budwood.model.checks import check_base, find_quantizer, load_tokenizer, ske
 from budwood.model.experts import count_experts, plan_experts
 from budwood.model.halves.take_over import use_own_operations
 from budwood.model.quantizers import Quantizer, Unquantized, claim, is_quantized
+from budwood.model.quantizers.experts import quantized_experts
 from budwood.model.quantizers.stored import possible_names, replace_linears
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def fake_base(
     claim(frame, quantizer)
     if len(notes) == 1 and quantizer.dequantizes:
         notes.append(f"its {quantizer.name} weights are dequantised as they are read")
-    elif len(notes) == 1 and not isinstance(quantizer, Unquantized) and not any(map(is_quantized, frame.modules())):
+    elif len(notes) == 1 and not isinstance(quantizer, Unquantized) and not _any_quantized(frame):
         notes.append(f"{quantizer} cannot be planned: its base counts unquantised")
     frame.requires_grad_(False)
     frame.eval()
@@ -147,6 +148,10 @@ def fake_base(
         str(model), path, frame, tokenizer, "", info.quantization, *sizes_of(frame, dtype), dtype, device,
         tuple(key for key in _new(frame, path) if not set(key.split(".")) & set(unused)), notes, double_quantization,
     )  # fmt: skip
+
+
+def _any_quantized(frame: nn.Module) -> bool:
+    return bool(quantized_experts(frame)) or any(map(is_quantized, frame.modules()))
 
 
 def _quantize(

@@ -17,6 +17,7 @@ from tests.plugins.quantized.test_stored import recipe_of, torchao
 
 from budwood import CorruptError, InputError, load_base
 from budwood.model.base import check_base
+from budwood.model.fake import fake_base, fake_tensors
 from budwood.planning.check import check
 from budwood.planning.composition import plan
 
@@ -188,5 +189,9 @@ def test_damaged_experts_are_named_before_weights_load(
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_sound_mixtures_load(mixtures: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    assert not plan(recipe_of(mixtures[kind], "nf4" if kind == "plain" else kind, tmp_path)).problems
-    load_base(mixtures[kind], "nf4" if kind == "plain" else kind, LM, torch.float32)
+    quantization = "nf4" if kind == "plain" else kind
+    assert not plan(recipe_of(mixtures[kind], quantization, tmp_path)).problems
+    load_base(mixtures[kind], quantization, LM, torch.float32)
+    with fake_tensors():
+        planned = fake_base(str(mixtures[kind]), LM, torch.float32, quantization=quantization)
+    assert not any("cannot be planned" in note for note in planned.notes)

@@ -25,6 +25,7 @@ from budwood import AdapterPool, CorruptError, InputError, MXFP4Experts, Resourc
 from budwood.model.base import check_base, skeleton
 from budwood.model.checkpoint import read_tensors
 from budwood.model.checks import find_quantizer
+from budwood.model.fake import fake_base, fake_tensors
 from budwood.model.quantizers import is_quantized, quantizer_of
 from budwood.model.quantizers.stored import check_linears
 from budwood.planning.check import check
@@ -381,6 +382,13 @@ COMPRESSED: list[tuple[dict[str, Any], str]] = [
 @pytest.fixture(scope="module")
 def compressed(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return packed(tiny_base, tmp_path_factory.mktemp("compressed") / "base")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_plan_names_the_quantiser_that_it_cannot_plan(compressed: Path) -> None:
+    with fake_tensors():
+        planned = fake_base(str(compressed), LM, torch.float32, quantization=None)
+    assert re.match(r"quantiser 'compressed-tensors' .*cannot be planned: its base counts unq", planned.notes[1])
 
 
 @pytest.mark.filterwarnings("ignore")
