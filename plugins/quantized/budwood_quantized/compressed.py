@@ -83,6 +83,12 @@ class CompressedTensors(Stored):
         for name, size in wanted.items():
             if name not in found:
                 raise missing(path, name, entry)
+            if found[name].shape != size and name == "weight_zero_point":
+                raise InputError(
+                    f"{found[name].file}: the tensor '{path}.{name}' holds packed zero points (symmetric: false in "
+                    "config.json), which the installed compressed-tensors cannot load: give the unquantised base with "
+                    "quantization nf4."
+                )
             if found[name].shape != size:
                 raise CorruptError(
                     f"{found[name].file}: the tensor '{path}.{name}' has the shape {found[name].shape}, and num_bits "

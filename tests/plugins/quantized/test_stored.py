@@ -66,12 +66,14 @@ def torchao(base: Path, folder: Path, kind: str) -> Path:
     return saved(model, base, folder)
 
 
-def packed(base: Path, folder: Path) -> Path:
+def packed(base: Path, folder: Path, symmetric: bool = True) -> Path:
     """Quantise a base to int4 in groups with compressed-tensors, as llm-compressor does, and save it packed."""
     quantization = pytest.importorskip("compressed_tensors.quantization")
     from compressed_tensors.compressors import ModelCompressor
 
-    weights = quantization.QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=GROUP)
+    weights = quantization.QuantizationArgs(
+        num_bits=4, type="int", symmetric=symmetric, strategy="group", group_size=GROUP
+    )
     config = quantization.QuantizationConfig(
         config_groups={"group_0": quantization.QuantizationScheme(targets=["Linear"], weights=weights)},
         ignore=["lm_head"],
@@ -382,6 +384,13 @@ COMPRESSED: list[tuple[dict[str, Any], str]] = [
 @pytest.fixture(scope="module")
 def compressed(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return packed(tiny_base, tmp_path_factory.mktemp("compressed") / "base")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_packed_zero_points_are_named_as_what_the_library_cannot_load(tiny_base: Path, tmp_path: Path) -> None:
+    folder = packed(tiny_base, tmp_path / "base", symmetric=False)
+    with pytest.raises(InputError, match="zero_point' holds packed zero points .symmetric: false .*: give the unquant"):
+        load_base(folder, None, LM, torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore")
