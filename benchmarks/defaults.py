@@ -30,10 +30,11 @@ from typing import Any
 
 from benchmarks import models
 from benchmarks.defaults_page import CONFIRMED, KINDS, LEAST, SEED, SHARE, group, share, split, table, verdict, winner
-from benchmarks.evidence import DEMO, start_worker
+from benchmarks.evidence import ROOT, start_worker
 from benchmarks.train import machine, say
 
-JSON = Path(__file__).parent.parent / "docs" / "benchmarks" / "defaults.json"
+DEMO = ROOT / "examples" / "budwood_demo"
+JSON = ROOT / "docs" / "benchmarks" / "defaults.json"
 RATES = (1 / 3, 1.0, 3.0)
 """Learning rates, as multiples of the default's."""
 LENGTHS = (0.5, 1.0, 2.0)

@@ -1,10 +1,10 @@
-"""`python -m benchmarks.evidence`: whether AdaLoRA, adversarial training and a teacher help, on two small text sets.
+"""`python -m benchmarks.evidence`: whether AdaLoRA, adversarial training and a teacher help, on real models and texts.
 
-Every arm is tuned with the same number of trials, trained on rows of train.jsonl and scored on other rows of it. Then
-each arm trains once per seed with the options of its best trial, on rows that the seed draws, and is evaluated once on
-rows of eval.jsonl. The runs use `budwood.tune` and the evaluation of `budwood eval`, one thread each, one run per core
-at the same time. Results are written as runs finish: raw to docs/benchmarks/evidence.json, as a page to
-docs/evidence.md.
+AdaLoRA and LoRA train with the defaults alone. Every other arm is tuned with the same number of trials, trained on rows
+of train and scored on other rows of it. Then each arm trains once per seed with the options of its best trial, on rows
+that the seed draws, and is evaluated once on rows of eval. The runs use `budwood.tune` and the evaluation of
+`budwood eval`, one thread each, one run per core at the same time. Results are written as runs finish: raw to
+docs/benchmarks/evidence.json, as a page to docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks import after_sft_page, defaults_page, real_page, transfer_page
-from benchmarks.evidence_page import ATTACKED, best_trial, write_page
+from benchmarks import after_sft_page, defaults_page, models, real_page, transfer_page
+from benchmarks.evidence_page import ATTACKED, METHODS, best_trial, criteria, write_page
 from benchmarks.train import machine, say
 
 ROOT = Path(__file__).parent.parent
-DEMO = ROOT / "examples" / "budwood_demo"
 JSON, PAGE = ROOT / "docs" / "benchmarks" / "evidence.json", ROOT / "docs" / "evidence.md"
 SECTIONS = {
     JSON.with_name("real.json"): real_page.section,
@@ -39,77 +41,95 @@ SECTIONS = {
 """Results of other benchmarks, and the function that formats each as a section of the page."""
 
 SETTINGS: dict[str, Any] = {
-    "rows": 256, "epochs": 3, "batch_examples": 32, "heldout_rows": 200, "eval_rows": 300,
-    "teacher_epochs": 1, "teacher_batch": 64, "teacher_rank": 16, "teacher_rate": 4e-3,
-    "precision": "fp32", "quantization": "none",
-    "attacks": {"pgd": "pgd:epsilon=0.05,steps=3", "typos": "typos:rate=0.1"},
+    "heldout_rows": 200, "eval_rows": 400, "epochs": 3, "teacher_epochs": 2, "teacher_rank": 16,
+    "attacks": {"pgd": "pgd:relative_epsilon=0.1,steps=3", "typos": "typos:rate=0.1"},
 }  # fmt: skip
-QUICK = {"rows": 96, "epochs": 2, "heldout_rows": 40, "eval_rows": 40, "teacher_epochs": 1}
-RATES = (2e-3, 4e-3, 8e-3, 16e-3)
+QUICK = {"heldout_rows": 40, "eval_rows": 40, "epochs": 1}
+QUICK_ROWS = 48
 TEACHER = "TEACHER"
 TUNING_SEED = 1000
 """Seed of the trials; final runs use others."""
+SIZES: dict[str, tuple[dict[str, Any], str, tuple[float, float]]] = {
+    "fgm": ({}, "relative_epsilon", (0.1, 0.4)),
+    "pgd": ({"steps": 2}, "relative_epsilon", (0.1, 0.4)),
+    "freelb": ({"steps": 2}, "relative_epsilon", (0.1, 0.4)),
+    "smart": ({}, "relative_epsilon", (0.02, 0.08)),
+    "vat": ({}, "relative_epsilon", (0.1, 0.4)),
+    "neftune": ({}, "alpha", (1.0, 5.0)),
+}
+"""Fixed options of each adversarial method, and the one that is tuned."""
 
 
-def trials() -> dict[str, list[dict[str, Any]]]:
-    """Return the trials of each arm: learning rate and strategies."""
-    narrow = {"targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}  # all 320 × 320: a rank costs the same in each
-    phases = {"initial_phase": 0.1, "final_phase": 0.3, "interval": 2}
-    wide = {"lora": {"rank": 8, "alpha": 16}}
-    arms = {
-        "lora-4": [_trial(rate, {"lora": {"rank": 4, "alpha": 8, **narrow}}) for rate in RATES],
-        "adalora": [
-            _trial(rate, {"adalora": {"initial_rank": 8, "target_rank": 4, "alpha": 16, **phases, **narrow}})
-            for rate in RATES
-        ],
-        "plain": [_trial(rate, wide) for rate in RATES],
-    }
-    methods: dict[str, tuple[dict[str, Any], str, tuple[float, float]]] = {
-        "fgm": ({}, "epsilon", (0.05, 0.2)),
-        "pgd": ({"steps": 2}, "epsilon", (0.05, 0.2)),
-        "freelb": ({"steps": 2}, "epsilon", (0.05, 0.2)),
-        "smart": ({}, "epsilon", (0.001, 0.005)),
-        "vat": ({}, "epsilon", (0.05, 0.2)),
-        "neftune": ({}, "alpha", (1.0, 5.0)),
-    }
-    for method, (fixed, size, values) in methods.items():
-        options = [{"method": method, **fixed, size: value} for value in values]
-        arms[method] = [_trial(rate, wide, {"adversarial": o}) for rate in RATES[1:3] for o in options]
-    taught = [{"teacher": f"base+{TEACHER}", "temperature": 2.0, "weight": weight} for weight in (0.5, 0.9)]
-    arms["taught"] = [_trial(rate, wide, {"distillation": o}) for rate in RATES[1:3] for o in taught]
-    return arms
+@dataclass(frozen=True)
+class Set:
+    """A base and a set of labelled texts.
+
+    Attributes:
+        title: what is to be told from a text, for the page.
+        model: name of the base, for the page.
+        base: fetches its folder.
+        read: returns the rows of train and of eval.
+        precision: of training and evaluation.
+        rows: number of rows that a seed draws.
+        rate: the default's learning rate; the plain arm also tries half of it.
+        methods: adversarial methods that are measured; without any, only AdaLoRA is.
+    """
+
+    title: str
+    model: str
+    base: Callable[[], Path]
+    read: Callable[[], tuple[list[dict[str, Any]], list[dict[str, Any]]]]
+    precision: str
+    rows: int
+    rate: float
+    methods: tuple[str, ...]
+
+    def trials(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the trials of each arm: learning rate (None: the default's) and strategies."""
+        arms = {
+            "lora": [_trial(None, "lora")],
+            "adalora": [_trial(None, "adalora")],
+            "adalora-7": [_trial(None, {"adalora": {"target_rank": 7}})],
+        }
+        if not self.methods:
+            return arms
+        arms["plain"] = [_trial(rate, "lora") for rate in (self.rate / 2, self.rate)]
+        for method in self.methods:
+            fixed, size, values = SIZES[method]
+            options = [{"method": method, **fixed, size: value} for value in values]
+            arms[method] = [_trial(self.rate, "lora", {"adversarial": o}) for o in options]
+        taught = [{"teacher": f"base+{TEACHER}", "temperature": 2.0, "weight": weight} for weight in (0.5, 0.9)]
+        arms["taught"] = [_trial(self.rate, "lora", {"distillation": o}) for o in taught]
+        return arms
 
 
-def _trial(rate: float, *strategies: dict[str, Any]) -> dict[str, Any]:
+def _trial(rate: float | None, *strategies: Any) -> dict[str, Any]:
     return {"learning_rate": rate, "strategies": list(strategies)}
 
 
-def shuffled(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Return the set `order`: is a description as written, or are its words in random order?
-
-    Each is shuffled with probability 1/2, keyed by the description. Descriptions of fewer than four words, or of one
-    repeated word, are omitted.
-    """
-    result = []
-    for row in rows:
-        words = row["text"].split()
-        if len(words) < 4 or len({word.lower() for word in words}) < 2:
-            continue
-        draw, order = random.Random(f"order {row['text']}"), words
-        if shuffle := draw.random() < 0.5:
-            while [word.lower() for word in order] == [word.lower() for word in words]:
-                order = draw.sample(words, len(words))
-        result.append({"text": " ".join(order), "label": "shuffled" if shuffle else "as written"})
-    return result
+def _encoder(
+    title: str, read: Callable[[], tuple[list[dict[str, Any]], list[dict[str, Any]]]], methods: tuple[str, ...] = ()
+) -> Set:
+    return Set(title, "MiniLM", models.minilm, read, "fp32", 256, 1.8e-3, methods)
 
 
-def read_sets() -> dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]]:
-    """Return the train and eval rows of each set."""
-    parts = []
-    for part in ("train", "eval"):
-        lines = (DEMO / "data" / "sections" / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
-        parts.append([json.loads(line) for line in lines])
-    return {"sections": (parts[0], parts[1]), "order": (shuffled(parts[0]), shuffled(parts[1]))}
+def _sections() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return list(models.sections("train")), list(models.sections("eval"))
+
+
+SECTION = "which of 15 sections a Debian package belongs to, given its description"
+SETS = {
+    "sections": _encoder(SECTION, _sections, METHODS),
+    "products": _encoder(
+        "whether a sentence of a product review is negative, neutral or positive",
+        partial(models.vader_parts, "products"),
+    ),
+    "tweets": _encoder("the same of a tweet", partial(models.vader_parts, "tweets")),
+    "smollm2-sections": Set(
+        SECTION, "SmolLM2-135M-Instruct", models.smollm2, _sections, "bf16", 128, 1.3e-3,
+        ("fgm", "neftune"),
+    ),
+}  # fmt: skip
 
 
 def draw(rows: list[dict[str, str]], count: int, seed: object) -> list[dict[str, str]]:
@@ -126,7 +146,8 @@ class Folder:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder, self.settings = folder, settings
         self.pool: dict[str, list[dict[str, str]]] = {}
-        for name, (train, held) in read_sets().items():
+        for name, each in SETS.items():
+            train, held = each.read()
             heldout = draw(train, settings["heldout_rows"], f"{name} heldout")
             taken = {id(row) for row in heldout}
             self.pool[name] = [row for row in train if id(row) not in taken]
@@ -138,7 +159,8 @@ class Folder:
         """Return the job of one run."""
         train = self.folder / f"{name}-{seed}.jsonl"
         if not train.exists():
-            self._write(train.stem, draw(self.pool[name], self.settings["rows"], f"{name} {seed}"))
+            count = self.settings["sets"][name]["rows"]
+            self._write(train.stem, draw(self.pool[name], count, f"{name} {seed}"))
         part = "heldout" if seed == TUNING_SEED else "eval"
         job = self._job(name, f"{name}/{arm}/{number}/{seed}", trial, train, self.folder / f"{name}-{part}.jsonl", seed)
         job["attacks"] = self.settings["attacks"] if arm in ATTACKED else {}
@@ -147,30 +169,26 @@ class Folder:
 
     def teacher(self, name: str) -> dict[str, Any]:
         """Return the job of a set's teacher: a higher rank, on all rows that are not held out."""
-        s = self.settings
-        trial = _trial(s["teacher_rate"], {"lora": {"rank": s["teacher_rank"], "alpha": 2 * s["teacher_rank"]}})
+        rank = self.settings["teacher_rank"]
+        trial = _trial(None, {"lora": {"rank": rank, "alpha": 2 * rank}})
         pool, held = self.folder / f"{name}-pool.jsonl", self.folder / f"{name}-eval.jsonl"
         job = self._job(name, f"{name}/teacher", trial, pool, held, TUNING_SEED)
-        job["recipe"]["train"] |= {"epochs": s["teacher_epochs"], "batch_examples": s["teacher_batch"]}
+        job["recipe"]["train"]["epochs"] = self.settings["teacher_epochs"]
         return {**job, "output": self._teacher(name), "keep": True}
 
     def _teacher(self, name: str) -> Path:
         return self.folder / f"{name}-teacher"
 
     def _job(self, name: str, key: str, trial: dict[str, Any], train: Path, held: Path, seed: int) -> dict[str, Any]:
-        s = self.settings
         text = json.dumps(trial["strategies"]).replace(TEACHER, str(self._teacher(name) / "adapter"))
+        rate = trial["learning_rate"]
+        chosen = {} if rate is None else {"learning_rate": rate, "epochs": self.settings["epochs"]}
         recipe = {
-            "base": {
-                "model": str(DEMO / "base"), "quantization": s["quantization"], "task": "sequence-classification",
-            },
-            "data": {"train": str(train), "eval": "none", "max_length": 128},
+            "base": {"model": str(SETS[name].base()), "quantization": "none", "task": "sequence-classification"},
+            "data": {"train": str(train), "eval": "none"},
             "strategies": json.loads(text),
-            "train": {
-                "epochs": s["epochs"], "batch_examples": s["batch_examples"], "precision": s["precision"],
-                "learning_rate": trial["learning_rate"], "seed": seed,
-            },
-        }  # fmt: skip
+            "train": {"precision": SETS[name].precision, "seed": seed, **chosen},
+        }
         output = self.folder / key.replace("/", "-")
         return {"key": key, "recipe": recipe, "data": held, "output": output, "attacks": {}, "count": False}
 
@@ -223,19 +241,19 @@ class Benchmark:
     """The results so far, and the remaining runs."""
 
     def __init__(self, result: dict[str, Any], folder: Path, workers: int, out: tuple[Path, Path]) -> None:
-        self.result, self.out, self.arms = result, out, trials()
+        self.result, self.out, self.trials = result, out, result["settings"]["trials"]
         self.files = Folder(folder, result["settings"])
         context = get_context("spawn")
         self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
 
-    def run(self, seeds: int) -> None:
-        """Run teachers and trials, then the final runs seed by seed."""
-        names = list(self.files.pool)
+    def run(self, names: list[str], seeds: int) -> None:
+        """Run teachers and trials of some sets, then the final runs seed by seed."""
         tuning = [
             self.files.job(name, arm, number, trial, TUNING_SEED)
-            for arm, arm_trials in self.arms.items()
-            for number, trial in enumerate(arm_trials)
             for name in names
+            for arm, arm_trials in self.trials[name].items()
+            if len(arm_trials) > 1
+            for number, trial in enumerate(arm_trials)
         ]
         taught = [job for job in tuning if "/taught/" in job["key"]]
         self._do([*self._teachers(names, seeds), *(job for job in tuning if job not in taught)])
@@ -255,13 +273,14 @@ class Benchmark:
         """Return the jobs of a seed: each arm with its best trial, the plain arm with the best by each criterion."""
         jobs = []
         for name in names:
-            for arm, arm_trials in self.arms.items():
-                for number in sorted({best_trial(self.result, name, arm, by) for by in _criteria(arm)}):
+            for arm, arm_trials in self.trials[name].items():
+                for number in sorted({best_trial(self.result, name, arm, by) for by in criteria(arm)}):
                     jobs.append(self.files.job(name, arm, number, arm_trials[number], seed))
         return jobs
 
     def _teachers(self, names: list[str], seeds: int) -> list[dict[str, Any]]:
         """Return the jobs of the teachers that unfinished runs need."""
+        names = [name for name in names if "taught" in self.trials[name]]
         done = [sum(key.startswith(f"{name}/taught/") for key in self.result["finals"]) for name in names]
         return [self.files.teacher(name) for name, count in zip(names, done, strict=True) if count < seeds]
 
@@ -287,13 +306,17 @@ class Benchmark:
             yield job, outcome
 
 
-def _criteria(arm: str) -> tuple[str, ...]:
-    return ("clean", "robust") if arm == "plain" else ("robust",) if arm in ATTACKED else ("clean",)
-
-
-def begin(settings: dict[str, Any], file: Path, resume: bool) -> dict[str, Any]:
+def begin(settings: dict[str, Any], file: Path, resume: bool, quick: bool = False) -> dict[str, Any]:
     """Return an empty result, or the one in `file`."""
-    settings = json.loads(json.dumps({**settings, "trials": trials()}))
+    settings = {**settings, "trials": {name: each.trials() for name, each in SETS.items()}}
+    settings["sets"] = {
+        name: {
+            "title": each.title, "model": each.model, "precision": each.precision,
+            "rows": QUICK_ROWS if quick else each.rows,
+        }
+        for name, each in SETS.items()
+    }  # fmt: skip
+    settings = json.loads(json.dumps(settings))
     if not resume:
         return {"settings": settings, "machine": machine(), "teachers": {}, "trials": {}, "finals": {}}
     if not file.exists():
@@ -318,6 +341,7 @@ def render(result: dict[str, Any], page: Path) -> None:
 def main() -> None:
     """Run the remaining jobs, and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="(default: all)")
     parser.add_argument("--seeds", type=int, default=5, help="final runs of each arm (default 5)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="concurrent runs (default: all cores)")
     parser.add_argument("--quick", action="store_true", help="few rows, short runs: a smoke test, not evidence")
@@ -336,11 +360,11 @@ def main() -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # otherwise the workers would survive
     out = chosen.json or JSON, chosen.page or PAGE
-    result = begin({**SETTINGS, **(QUICK if chosen.quick else {})}, out[0], chosen.resume)
+    result = begin({**SETTINGS, **(QUICK if chosen.quick else {})}, out[0], chosen.resume, chosen.quick)
     with tempfile.TemporaryDirectory(prefix="budwood-bench-") as folder:
         benchmark = Benchmark(result, Path(folder), chosen.workers, out)
         try:
-            benchmark.run(chosen.seeds)
+            benchmark.run(chosen.sets, chosen.seeds)
         except KeyboardInterrupt:
             say(f"interrupted; {out[0]} has the finished runs: resume with --continue")
             sys.exit(130)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 METHODS = ("fgm", "pgd", "freelb", "smart", "vat", "neftune")
@@ -12,16 +11,15 @@ ATTACKED = ("plain", *METHODS)
 """Arms that are also measured under attacks, and tuned for the mean of the three accuracies."""
 METRICS = ("clean", "pgd", "typos")
 NAMES = {
-    "lora-4": "LoRA, rank 4",
-    "adalora": "AdaLoRA, rank 8 to 4",
+    "lora": "LoRA, rank 8",
+    "adalora": "AdaLoRA, rank 12 to 8",
+    "adalora-7": "AdaLoRA, rank 12 to 7",
     "plain": "plain",
     "taught": "with a teacher",
     **{method: method for method in METHODS},
 }
-SETS = {
-    "sections": "`sections`: which of 15 sections a package belongs to, given its description",
-    "order": "`order`: whether the words of a description are shuffled",
-}
+RANKED = ("adalora", "adalora-7")
+"""Arms that are compared with LoRA of rank 8."""
 
 
 def score(values: dict[str, Any], by: str) -> float:
@@ -30,8 +28,8 @@ def score(values: dict[str, Any], by: str) -> float:
 
 
 def best_trial(result: dict[str, Any], name: str, arm: str, by: str) -> int:
-    """Return the number of the arm's best trial on a set, the first of equal ones."""
-    scores = {}
+    """Return the number of the arm's best trial on a set, the first of equal ones; of a single one, 0."""
+    scores = {0: 0.0} if len(result["settings"]["trials"][name][arm]) == 1 else {}
     for key, values in result["trials"].items():
         trial_set, trial_arm, number, _ = key.split("/")
         if (trial_set, trial_arm) == (name, arm):
@@ -85,8 +83,9 @@ def describe(trial: dict[str, Any]) -> str:
     """Format the options of a trial that the grid varies."""
     shown = [f"rate {trial['learning_rate']:g}"]
     for strategy in trial["strategies"]:
-        for options in strategy.values():
-            shown += [f"{key} {options[key]:g}" for key in ("epsilon", "weight") if key in options]
+        for options in strategy.values() if isinstance(strategy, dict) else ():
+            shown += [f"size {options['relative_epsilon']:g}"] if "relative_epsilon" in options else []
+            shown += [f"weight {options['weight']:g}"] if "weight" in options else []
             shown += [f"alpha {options['alpha']:g}"] if options.get("method") == "neftune" else []
     return ", ".join(shown)
 
@@ -97,14 +96,38 @@ def write_page(result: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n\n" + _tuning(result) + "\n"
 
 
+def _sets(result: dict[str, Any]) -> list[str]:
+    """Return the sets of which every arm has run at least once."""
+    arms = [(name, arm) for name in result["settings"]["sets"] for arm in result["settings"]["trials"][name]]
+    missing = {name for name, arm in arms if not any(key.startswith(f"{name}/{arm}/") for key in result["finals"])}
+    return [name for name in result["settings"]["sets"] if name not in missing]
+
+
+def _tuned(result: dict[str, Any]) -> list[str]:
+    """Return those of `_sets` that have more than AdaLoRA's arms."""
+    return [name for name in _sets(result) if "plain" in result["settings"]["trials"][name]]
+
+
+def _attacked(result: dict[str, Any], name: str) -> list[str]:
+    """Return the arms of a set that are measured under attacks."""
+    return [arm for arm in ATTACKED if arm in result["settings"]["trials"][name]]
+
+
+def criteria(arm: str) -> tuple[str, ...]:
+    """Return by what the best trial of an arm is chosen; the plain arm's by either."""
+    return ("clean", "robust") if arm == "plain" else ("robust",) if arm in ATTACKED else ("clean",)
+
+
 def _seeds(result: dict[str, Any]) -> str:
     """Format the number of seeds per arm, and whether some are missing."""
     seeds = [
         len(finals(result, name, arm, by))
-        for name in SETS
-        for arm, by in [("lora-4", "clean"), ("adalora", "clean"), ("plain", "clean"), ("taught", "clean")]
-        + [(arm, "robust") for arm in ATTACKED]
+        for name in _sets(result)
+        for arm in result["settings"]["trials"][name]
+        for by in criteria(arm)
     ]
+    if not seeds:
+        return "**Incomplete**: no set has run with every arm."
     if min(seeds) == max(seeds):
         return f"{max(seeds)} seeds for every arm."
     return (
@@ -118,37 +141,40 @@ def _head(result: dict[str, Any]) -> str:
     runs = [*result["trials"].values(), *result["finals"].values(), *result["teachers"].values()]
     seconds = sum(run["processor_seconds"] for run in runs)
     versions = ", ".join(f"{k} {v}" for k, v in machine.items() if k not in ("processor", "cores"))
-    sets = "\n".join(f"- {text}." for text in SETS.values())
-    trials = len(next(iter(s["trials"].values())))
+    sets = "\n".join(
+        f"- `{name}`: {each['title']}; {each['model']}, {each['precision']}, {each['rows']} rows"
+        for name, each in s["sets"].items()
+    )
+    missing = [f"`{name}`" for name in s["sets"] if name not in _sets(result)]
+    trials = max(len(arm) for arms in s["trials"].values() for arm in arms.values())
     return f"""# Evidence
 
 Generated by `python -m benchmarks.evidence`; raw results in [benchmarks/evidence.json](benchmarks/evidence.json).
 
-Do AdaLoRA, adversarial training or a teacher help on a tiny base (6 million parameters) with few rows and short runs?
-The results do not carry over to large models or long runs.
+Do AdaLoRA, adversarial training or a teacher help on small real models with few rows? The results need not carry over
+to large models or long runs.
 
 {machine["processor"]}, {machine["cores"]} cores; {versions}.
-{len(runs)} runs, {seconds / 60:.0f} minutes of processor time. {_seeds(result)}
+{len(runs)} runs, {seconds / 60:.0f} minutes of processor time. {_seeds(result)}{
+        f" Not run: {', '.join(missing)}." if missing else ""
+    }
 
-**Sets.** Both are classified by a new head on the demo's base, {s["quantization"]} quantization, {s["precision"]}:
+**Sets.** Each is classified by a new head. The bases are packages on PyPI, as in (d); the sections are Debian's package
+descriptions, in which no source package appears in both train and eval; tweets and products are the human ratings of
+Hutto & Gilbert (ICWSM 2014), in classes as in (d), with a fifth of the tweets, and of the reviews, for eval.
 
 {sets}
 
-Both are derived from `examples/budwood_demo/data/sections`. For `order` the benchmark shuffles the words of each
-description with probability 1/2. Descriptions of fewer than four words are omitted. No source package appears in both
-train and eval.
+**Runs.** Each seed draws its rows from train, at least one per class, the same for all arms. In (a) nothing but the
+strategy is named, so that rows and base determine the rest; in (b) and (c) the arm's learning rate, and {
+        s["epochs"]
+    } epochs.
+The seed also determines initialisation, order and noise. The adapter of the last step is measured.
 
-**Runs.** Each seed draws {s["rows"]} rows of train, at least one per class, the same for all arms; {s["epochs"]}
-epochs, {s["batch_examples"]} examples per step, defaults otherwise. The first warm-up step of
-these runs still had a rate of zero, not its share of the peak. The seed also determines initialisation, order and
-noise.
-
-**Tuning.** {trials} trials per arm, one run each, trained on rows drawn with a separate seed and scored on
-{s["heldout_rows"]} rows of train that no other run uses: by clean accuracy in (a) and (c), by the mean of clean
-accuracy and the two accuracies under attack in (b), including plain training. The rows of eval ({s["eval_rows"]}, the
-same for all) are used once per final run. Pilot runs on rows of eval determined two settings that are the same for
-every arm: the size of the PGD attack (at four times the size little accuracy was left), and the second set (two
-candidates were dropped because the base was near chance on them).
+**Tuning.** Nothing is tuned in (a). In (b) and (c) {trials} trials per arm, one run each, trained on rows drawn with a
+separate seed and scored on {s["heldout_rows"]} rows of train that no other run uses: by clean accuracy in (c), by the
+mean of clean accuracy and the two accuracies under attack in (b), including plain training. The rows of eval
+({s["eval_rows"]} or all, the same for all runs) are used once per final run.
 
 **Reading.** Accuracy in percent, mean ± standard deviation over seeds. Differences are paired by seed, in percentage
 points, mean ± standard deviation; "better" or "worse" if the 95 % interval of Student's t over the seeds excludes zero,
@@ -156,30 +182,34 @@ otherwise "not shown". The interval covers variation over seeds, not over evalua
 true difference, one would exclude zero on average."""
 
 
-def _compare(result: dict[str, Any], arm: str, other: str, by: str, metric: str) -> dict[str, Difference]:
-    return {name: Difference(finals(result, name, arm, by), finals(result, name, other, by), metric) for name in SETS}
+def _compare(result: dict[str, Any], names: list[str], arm: str, other: str, by: str = "clean") -> str:
+    """Format the difference of two arms' clean accuracy on each of some sets; `by` chooses the other's trial."""
+    found = {
+        name: Difference(finals(result, name, arm, "clean"), finals(result, name, other, by), "clean") for name in names
+    }
+    return "; ".join(f"`{name}` {difference}" for name, difference in found.items()) + "."
 
 
 def _summary(result: dict[str, Any]) -> str:
     lines = ["## Summary", ""]
-    lines.append("- AdaLoRA against LoRA: " + _format(_compare(result, "adalora", "lora-4", "clean", "clean")))
+    for arm in RANKED:
+        lines.append(f"- {NAMES[arm]}, against LoRA: " + _compare(result, _sets(result), arm, "lora"))
     labels = {"clean": "clean accuracy", "pgd": "accuracy under PGD", "typos": "accuracy under typos"}
     for metric, label in labels.items():
-        for name in SETS:
-            differences = {m: _compare(result, m, "plain", "robust", metric)[name] for m in METHODS}
+        for name in _tuned(result):
+            plain = finals(result, name, "plain", "robust")
+            differences = {
+                m: Difference(finals(result, name, m, "robust"), plain, metric)
+                for m in _attacked(result, name)
+                if m != "plain"
+            }
             parts = []
             for verdict in ("better", "worse", "not shown", "too few seeds"):
                 methods = [method for method, d in differences.items() if d.verdict == verdict]
                 parts += [f"{verdict}: {', '.join(methods)}"] if methods else []
             lines.append(f"- Adversarial methods against plain training, {label} on `{name}`: {'; '.join(parts)}.")
-    lines.append(
-        "- Student with a teacher against without: " + _format(_compare(result, "taught", "plain", "clean", "clean"))
-    )
+    lines.append("- Student with a teacher against without: " + _compare(result, _tuned(result), "taught", "plain"))
     return "\n".join(lines)
-
-
-def _format(differences: dict[str, Difference]) -> str:
-    return "; ".join(f"`{name}` {difference}" for name, difference in differences.items()) + "."
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -189,19 +219,20 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _adalora(result: dict[str, Any]) -> str:
     rows = []
-    for name in SETS:
-        plain = finals(result, name, "lora-4", "clean")
-        for arm in ("lora-4", "adalora"):
+    for name in _sets(result):
+        plain = finals(result, name, "lora", "clean")
+        for arm in ("lora", *RANKED):
             runs = finals(result, name, arm, "clean")
             row = [name, NAMES[arm], counts(runs, "parameters"), counts(runs, "file_parameters"), spread(runs, "clean")]
-            rows.append([*row, "" if arm == "lora-4" else str(Difference(runs, plain, "clean"))])
+            rows.append([*row, "" if arm == "lora" else str(Difference(runs, plain, "clean"))])
     table = _table(["set", "arm", "final parameters", "as saved", "accuracy", "AdaLoRA − LoRA"], rows)
-    return f"""## (a) AdaLoRA against LoRA, at an equal final number of parameters
+    return f"""## (a) AdaLoRA against LoRA, with the defaults
 
-Targets are the attention's four projections, which have equal sizes, so a rank costs the same in each. Both have
-scale 2; AdaLoRA allocates every second step. Parameters are counted in the adapter's file, without the classification
-head. AdaLoRA is counted as exported to LoRA, which computes the same function; as saved, it has one additional singular
-value per remaining rank.
+Recipes name the strategy and these ranks; all linears are adapted. Linears differ in shape, so a rank costs more in
+some than in others, and which ones AdaLoRA keeps decides about the number of parameters: with a mean rank of 8 it has
+more than LoRA of rank 8 here, with 7 about as many. They are counted in the adapter's file, without the classification
+head, and as exported to LoRA, which computes the same function; as saved, AdaLoRA has one additional singular value per
+rank.
 
 {table}"""
 
@@ -209,10 +240,10 @@ value per remaining rank.
 def _adversarial(result: dict[str, Any]) -> str:
     attacks = result["settings"]["attacks"]
     tables = []
-    for name in SETS:
+    for name in _tuned(result):
         plain = finals(result, name, "plain", "robust")
         rows = []
-        for arm in ATTACKED:
+        for arm in _attacked(result, name):
             runs = finals(result, name, arm, "robust")
             row = [arm, *(spread(runs, metric) for metric in METRICS)]
             rows.append(row + ["" if arm == "plain" else str(Difference(runs, plain, m)) for m in METRICS])
@@ -225,9 +256,9 @@ def _adversarial(result: dict[str, Any]) -> str:
     return f"""## (b) Adversarial training against plain training
 
 LoRA of rank 8 on all linears. Attacks: `budwood eval --attack {attacks["pgd"]} --attack {attacks["typos"]}`. pgd and
-freelb use two steps; a step of a method costs up to three plain ones, and all runs have the same number of steps. If
-the plain rate scores worse here than the one chosen by clean accuracy, that is tuning noise, and it favours the
-methods.
+freelb use two steps; a step of a method costs up to three plain ones, and all runs of a set have the same number of
+steps. If the plain rate scores worse here than the one chosen by clean accuracy, that is tuning noise, and it favours
+the methods.
 
 {shown}"""
 
@@ -235,23 +266,21 @@ methods.
 def _distillation(result: dict[str, Any]) -> str:
     s = result["settings"]
     rows = []
-    for name in SETS:
-        without = finals(result, name, "plain", "clean")
-        for arm in ("plain", "taught"):
-            runs = finals(result, name, arm, "clean")
-            shown = "without" if arm == "plain" else "with"
-            rows.append(
-                [name, shown, spread(runs, "clean"), "" if arm == "plain" else str(Difference(runs, without, "clean"))]
-            )
+    for name in _tuned(result):
+        taught = finals(result, name, "taught", "clean")
+        for shown, by in (("without", "clean"), ("without, at the rate chosen in (b)", "robust")):
+            without = finals(result, name, "plain", by)
+            rows.append([name, shown, spread(without, "clean"), str(Difference(taught, without, "clean"))])
+        rows.append([name, "with", spread(taught, "clean"), ""])
         teacher = result["teachers"].get(f"{name}/teacher")
         rows.append(
             [name, "the teacher itself", f"{100 * teacher['clean']:.1f} (one run)" if teacher else "not run", ""]
         )
-    table = _table(["set", "student", "accuracy", "with − without"], rows)
+    table = _table(["set", "student", "accuracy", "with a teacher − this"], rows)
     return f"""## (c) A student with and without a teacher
 
-The student is LoRA of rank 8 on {s["rows"]} rows. The teacher is `base+DIR`: LoRA of rank {s["teacher_rank"]}, trained
-on all rows of train except those held out for tuning, epochs: {s["teacher_epochs"]}, rate {s["teacher_rate"]:g}. It was
+The student is LoRA of rank 8 on the rows of its seed. The teacher is `base+DIR`: LoRA of rank {s["teacher_rank"]},
+trained on all rows of train except those held out for tuning, epochs: {s["teacher_epochs"]}, defaults otherwise. It was
 trained on more rows than the student, including all of the student's, and teaches only on those. Temperature 2, forward
 KL.
 
@@ -259,19 +288,17 @@ KL.
 
 
 def _tuning(result: dict[str, Any]) -> str:
-    tried: dict[str, list[dict[str, Any]]] = result["settings"]["trials"]
     rows = []
-    shown: list[tuple[str, str, Callable[[str], str]]] = []
-    for arm in tried:
-        for by in ("clean", "robust") if arm == "plain" else ("robust",) if arm in ATTACKED else ("clean",):
-            shown.append((arm, by, lambda name, arm=arm, by=by: _chosen(result, name, arm, by)))  # type: ignore[misc]
-    for arm, by, chosen in shown:
-        label = "the mean of the three" if by == "robust" else "clean accuracy"
-        rows.append([NAMES[arm], label, "; ".join(describe(t) for t in tried[arm]), *(chosen(name) for name in SETS)])
-    head = ["arm", "chosen by", "trials", *(f"chosen on {name}" for name in SETS)]
+    for name in _sets(result):
+        for arm, tried in result["settings"]["trials"][name].items():
+            for by in criteria(arm) if len(tried) > 1 else ():
+                label = "the mean of the three" if by == "robust" else "clean accuracy"
+                shown = "; ".join(describe(trial) for trial in tried)
+                rows.append([name, NAMES[arm], label, shown, _chosen(result, name, arm, by)])
+    head = ["set", "arm", "chosen by", "trials", "chosen"]
     note = (
-        "The score of the trial on the held-out rows is in brackets. Arms with additional options try two rates, the "
-        "others four.\nIf the best trial is at the edge of its grid, a wider grid might do better."
+        "The score of the trial on the held-out rows is in brackets; sizes are relative to the embeddings. Two trials "
+        "are few:\na wider grid might do better."
     )
     return f"## Trials\n\n{note}\n\n{_table(head, rows)}"
 
@@ -279,7 +306,7 @@ def _tuning(result: dict[str, Any]) -> str:
 def _chosen(result: dict[str, Any], name: str, arm: str, by: str) -> str:
     number = best_trial(result, name, arm, by)
     values = result["trials"][f"{name}/{arm}/{number}/{_tuning_seed(result)}"]
-    return f"{describe(result['settings']['trials'][arm][number])} ({100 * score(values, by):.1f})"
+    return f"{describe(result['settings']['trials'][name][arm][number])} ({100 * score(values, by):.1f})"
 
 
 def _tuning_seed(result: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ import html
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,14 @@ def vader(kind: str) -> list[dict[str, Any]]:
         row = {"text": text, "rating": float(rating), "label": sentiment(float(rating)), "group": name.split("_")[0]}
         rows.setdefault(text, row)
     return list(rows.values())
+
+
+def vader_parts(kind: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the rows of `vader` to train on and those to score, a fifth of the groups."""
+    rows = vader(kind)
+    groups = sorted({row["group"] for row in rows})
+    held = set(random.Random(f"{kind} groups").sample(groups, len(groups) // 5))
+    return [row for row in rows if row["group"] not in held], [row for row in rows if row["group"] in held]
 
 
 def sentiment(rating: float) -> str:

@@ -102,23 +102,15 @@ def _completion(row: Row) -> Row:
 
 
 def _tweets() -> tuple[list[Row], list[Row]]:
-    return _held_out("tweets")
+    return models.vader_parts("tweets")
 
 
 def _film() -> tuple[list[Row], list[Row]]:
-    return _held_out("film")
-
-
-def _held_out(kind: str) -> tuple[list[Row], list[Row]]:
-    """Return the rows to train on and those to score, a fifth of the groups."""
-    rows = models.vader(kind)
-    groups = sorted({row["group"] for row in rows})
-    held = set(random.Random(f"{kind} groups").sample(groups, len(groups) // 5))
-    return [row for row in rows if row["group"] not in held], [row for row in rows if row["group"] in held]
+    return models.vader_parts("film")
 
 
 def _product_chats() -> tuple[list[Row], list[Row]]:
-    train, held = _held_out("products")
+    train, held = models.vader_parts("products")
     return list(_chats(train)), list(_chats(held))
 
 
