@@ -208,7 +208,9 @@ def _summary(result: dict[str, Any]) -> str:
                 methods = [method for method, d in differences.items() if d.verdict == verdict]
                 parts += [f"{verdict}: {', '.join(methods)}"] if methods else []
             lines.append(f"- Adversarial methods against plain training, {label} on `{name}`: {'; '.join(parts)}.")
-    lines.append("- Student with a teacher against without: " + _compare(result, _tuned(result), "taught", "plain"))
+    for by, rate in (("clean", ""), ("robust", " at the rate chosen in (b)")):
+        compared = _compare(result, _tuned(result), "taught", "plain", by)
+        lines.append(f"- Student with a teacher against without{rate}: {compared}")
     return "\n".join(lines)
 
 
