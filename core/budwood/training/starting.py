@@ -13,7 +13,7 @@ from budwood.adapters.targets import whole_modules
 from budwood.contract.calls import ask_owner
 from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Run
-from budwood.errors import CorruptError, InputError
+from budwood.errors import BudwoodError, CorruptError, InputError
 from budwood.recipe.continued import check_base_of
 from budwood.recipe.data import recipe_skeleton
 
@@ -52,8 +52,13 @@ def check_fit(run: Run) -> None:
     owner = next(s for s in run.strategies if s.name == saved.adapter_type)
     with naming_start(saved):
         tensors = saved.load_tensors()
-        ask_owner(owner, "attach_adapter", model=model, config=saved.config, tensors=tensors, name=RUN_ADAPTER)
-        ask_owner(owner, "detach_adapter", model=model, name=RUN_ADAPTER)
+        try:
+            ask_owner(owner, "attach_adapter", model=model, config=saved.config, tensors=tensors, name=RUN_ADAPTER)
+            ask_owner(owner, "detach_adapter", model=model, name=RUN_ADAPTER)
+        except (InputError, CorruptError):
+            raise
+        except BudwoodError:
+            return  # a strategy that needs the base's values finds what does not fit once it is loaded
 
 
 def check_start(run: Run, saved: SavedAdapter) -> None:

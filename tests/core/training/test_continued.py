@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from budwood import AdapterPool, ResourceError, Run, read_reference
+from budwood import AdapterPool, ResourceError, Run, hookimpl, read_reference
 from budwood.adapters.store import read_adapter
 from budwood.cli.app import run as command
 from budwood.contract.types import Step
@@ -26,6 +26,7 @@ from budwood.serving.verify import verify
 from budwood.training import loop, reference, setup
 from budwood.training.loop import tune
 from budwood.training.report import Report
+from budwood_lora import LoRA
 
 Make = Callable[..., Recipe]
 PARENTS: dict[str, dict[str, Any]] = {
@@ -264,6 +265,20 @@ def test_an_adapter_whose_tensors_do_not_fit_is_named_before_the_base_loads(
     stock = altered(lora, tmp_path / name, damage)
     with pytest.raises(error, match=rf"{name}.*{message}"):
         tune(continued(make_recipe("child"), stock, strategies=["lora"]), quiet=True, overwrite=True)
+
+
+def test_a_strategy_that_needs_the_weights_to_attach_an_adapter_continues_it(
+    lora: Path, make_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def attach(self: Any, model: Any, config: Any, tensors: Any, name: str) -> None:
+        asked.append(next(model.parameters()).is_meta)
+        next(model.parameters()).sum().item()
+
+    monkeypatch.setattr(LoRA, "attach_adapter", hookimpl(attach))
+    run = tune(continued(make_recipe("child"), lora, strategies=["lora"]), quiet=True, overwrite=True)
+    assert asked == [True] and (run.directory / "adapter").exists()
 
 
 def test_a_rank_that_is_not_that_of_the_tensors_is_refused_before_the_base_loads(

@@ -27,7 +27,19 @@ from .methods import CLOSE, EVERYTHING, METHODS, PAGE, PROMPTS, cells, load, pag
 
 TRAINED = list(METHODS)
 if not os.environ.get(EVERYTHING):  # one of each kind of layer, start and file; `make combinations` trains all
-    TRAINED = ["ia3", "vera", "boft", "shira", "hira", "ln_tuning", "trainable_tokens", "vblora", "tinylora", "glora"]
+    TRAINED = [
+        "ia3",
+        "vera",
+        "boft",
+        "shira",
+        "hira",
+        "ln_tuning",
+        "trainable_tokens",
+        "vblora",
+        "tinylora",
+        "glora",
+        "supertuning",
+    ]
 
 
 @pytest.mark.parametrize("method", TRAINED)
