@@ -39,8 +39,7 @@ class OriginalWeights:
             InputError: the checkpoint does not hold it, unquantised and on its own.
         """
         prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
-        module: Any = self.model.get_submodule(path)
-        module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        module = self._linear(path)
         shape = linear_shape(module)
         stored = shape[::-1] if _stored_transposed(module) else shape
         for key in (f"{path}.weight", f"{path.removeprefix(prefix)}.weight"):
@@ -65,9 +64,13 @@ class OriginalWeights:
         if file not in self._files:
             self._files[file] = safe_open(file, framework="pt")
         weight: Tensor = self._files[file].get_tensor(key).float()
-        module: Any = self.model.get_submodule(path)
-        module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        module = self._linear(path)
         return weight.t() if _stored_transposed(module) else weight
+
+    def _linear(self, path: str) -> Any:
+        """Return the base's linear at a path, below an adapter's layer."""
+        module: Any = self.model.get_submodule(path)
+        return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def _stored_transposed(module: nn.Module) -> bool:

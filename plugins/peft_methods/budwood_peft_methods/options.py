@@ -282,32 +282,6 @@ class MiSSOptions(MethodOptions):
             return f"with variant: mini its {outputs} outputs must be a multiple of mini_rank {self.mini_rank}"
         return ""
 
-    def indivisible(self, shapes: Mapping[str, tuple[int, int]]) -> str:
-        """Return which linear has a size that an option of `DIVISORS` does not divide; "": there is none.
-
-        Args:
-            shapes: [out, in] of the linears, by full name.
-        """
-        for option, sides in self.DIVISORS.items():
-            value = getattr(self, option)
-            sizes = {
-                (path, side): size
-                for path, shape in shapes.items()
-                for side, size in zip(("output", "input"), shape, strict=True)
-                if side in sides
-            }
-            for (path, side), size in sizes.items() if value else ():
-                if size % value:
-                    field = type(self).model_fields[option]
-                    step = next((m.multiple_of for m in field.metadata if isinstance(m, MultipleOf)), 1)
-                    common = math.gcd(*sizes.values())
-                    fits = [n for n in range(2, min(value, common) + 1) if common % n == 0 and n % step == 0]
-                    remedy = f"{fits[-1]} divides all" if fits else "name targets whose sizes have a common divisor"
-                    return (
-                        f"'{path}' cannot be adapted: {option} {value} does not divide its {side} size {size}; {remedy}"
-                    )
-        return ""
-
     @property
     def needs_weight(self) -> bool:
         return self.variant == "bat"

@@ -44,7 +44,7 @@ def batched_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Compute attention within each segment of one packed row, in fp32.
+    """Compute attention within each segment of one packed row; scores and softmax are fp32.
 
     Args:
         query: [1, H, T, D].
@@ -88,18 +88,14 @@ class _BatchedAttention(torch.autograd.Function):
             for batch in layout.batches:
                 q, k = _take(query, batch, shared).to(wide), _take(key, batch, 1).to(wide)
                 v = _take(value, batch, 1)
-                mask = batch.mask.to(wide).expand(len(batch.tokens), heads // shared, shared, -1, -1)
-                if mask.shape[-2] > 1:
-                    mask = mask.expand(-1, -1, -1, k.shape[1], -1).reshape(len(q), -1, k.shape[1])
-                else:
-                    mask = mask[:, :, 0].reshape(len(q), 1, -1)
+                each = shared if batch.mask.shape[-2] > 1 else 1  # one mask for all queries
+                mask = batch.mask.to(wide).expand(-1, heads // shared, each, -1, -1).reshape(len(q), -1, k.shape[1])
                 weights = torch.baddbmm(mask, q, k.mT, alpha=scaling).softmax(-1)
                 kept, drawn = weights.to(v.dtype), weights.new_empty(0)
                 if dropout:
                     kept, drawn = drop(kept, dropout)
-                outputs.append(torch.bmm(kept, v))
-                if dropout:
-                    outputs[-1].mul_(drop_factor(v, dropout))
+                out = torch.bmm(kept, v)
+                outputs.append(out.mul_(drop_factor(v, dropout)) if dropout else out)
                 saved += [q, k, v, weights, drawn]
             result = _give(outputs, layout, shared)
         ctx.save_for_backward(*saved)
@@ -170,7 +166,7 @@ def _give(parts: Sequence[Tensor], layout: _Layout, shared: int) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _layout(segments: tuple[int, ...], causal: bool, window: int | None, device: torch.device) -> _Layout:
-    """Return the batches of a row. Padding attends to its segment's first token, and to it alone."""
+    """Return the batches of a row. No token attends to padding, and padding attends at least to its segment's first."""
     bounds = np.asarray(segments)
     starts, lengths = bounds[:-1], np.diff(bounds)
     padded = PAD * 2 ** np.ceil(np.log2(np.maximum(lengths / PAD, 1))).astype(np.int64)
