@@ -45,10 +45,12 @@ PROCESSES := tests/core/training/test_on_policy.py tests/core/training/test_step
 
 # Files whose bounds come from arithmetic; both settings choose other kernels in torch, oneDNN and MKL. On a processor
 # with AMX, torch asks oneDNN whether its attention may use it, whatever its own setting says.
-NUMERICAL := tests/core/model tests/core/adapters/test_pool.py tests/core/adapters/test_verify.py \
+NUMERICAL := tests/core/model tests/core/adapters \
 	tests/core/serving/test_engine_adapters.py tests/core/serving/test_engine_requests.py \
 	tests/core/training/test_sequence_terms.py tests/core/training/test_step_terms.py tests/core/training/test_step.py \
 	tests/plugins/preference/test_equations.py tests/plugins/grpo/test_losses.py \
+	tests/plugins/adversarial/test_equations.py tests/plugins/adversarial/test_divergence.py \
+	tests/plugins/distillation/test_divergence.py tests/plugins/peft_methods/test_methods_as_in_peft.py \
 	tests/plugins/regularisation tests/plugins/test_together.py tests/plugins/adalora/test_run.py \
 	tests/e2e/test_commands.py
 LOWERED := "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2" "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE"

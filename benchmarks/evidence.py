@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -141,18 +142,25 @@ def draw(rows: list[dict[str, str]], count: int, seed: object) -> list[dict[str,
 
 
 class Folder:
-    """The benchmark's files: rows by set, part and seed, and each set's teacher."""
+    """The benchmark's files: rows by set, part and seed, and each set's teacher.
+
+    Attributes:
+        frequent: the share of the most frequent class among the rows of eval, by set.
+    """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder, self.settings = folder, settings
         self.pool: dict[str, list[dict[str, str]]] = {}
+        self.frequent: dict[str, float] = {}
         for name, each in SETS.items():
             train, held = each.read()
             heldout = draw(train, settings["heldout_rows"], f"{name} heldout")
             taken = {id(row) for row in heldout}
             self.pool[name] = [row for row in train if id(row) not in taken]
             self._write(f"{name}-heldout", heldout)
-            self._write(f"{name}-eval", draw(held, settings["eval_rows"], f"{name} eval"))
+            scored = draw(held, settings["eval_rows"], f"{name} eval")
+            self.frequent[name] = max(Counter(row["label"] for row in scored).values()) / len(scored)
+            self._write(f"{name}-eval", scored)
             self._write(f"{name}-pool", self.pool[name])
 
     def job(self, name: str, arm: str, number: int, trial: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -243,6 +251,7 @@ class Benchmark:
     def __init__(self, result: dict[str, Any], folder: Path, workers: int, out: tuple[Path, Path]) -> None:
         self.result, self.out, self.trials = result, out, result["settings"]["trials"]
         self.files = Folder(folder, result["settings"])
+        result["frequent"] = self.files.frequent
         context = get_context("spawn")
         self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
 

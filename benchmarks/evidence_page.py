@@ -18,6 +18,8 @@ NAMES = {
     "taught": "with a teacher",
     **{method: method for method in METHODS},
 }
+NEAR = 0.01
+"""Accuracy above the share of the most frequent class from which a run has learned something."""
 RANKED = ("adalora", "adalora-7")
 """Arms that are compared with LoRA of rank 8."""
 
@@ -228,6 +230,8 @@ def _adalora(result: dict[str, Any]) -> str:
             row = [name, NAMES[arm], counts(runs, "parameters"), counts(runs, "file_parameters"), spread(runs, "clean")]
             rows.append([*row, "" if arm == "lora" else str(Difference(runs, plain, "clean"))])
     table = _table(["set", "arm", "final parameters", "as saved", "accuracy", "AdaLoRA − LoRA"], rows)
+    failed = _failed(result)
+    table += f"\n\n{failed}" if failed else ""
     return f"""## (a) AdaLoRA against LoRA, with the defaults
 
 Recipes name the strategy and these ranks; all linears are adapted. Linears differ in shape, so a rank costs more in
@@ -237,6 +241,32 @@ head, and as exported to LoRA, which computes the same function; as saved, AdaLo
 rank.
 
 {table}"""
+
+
+def _failed(result: dict[str, Any]) -> str:
+    """Return which runs answer no better than the most frequent class, and the differences without their seeds."""
+    lines = []
+    for name, share in result.get("frequent", {}).items():
+        arms = {arm: finals(result, name, arm, "clean") for arm in ("lora", *RANKED)} if name in _sets(result) else {}
+        bad = {arm: {seed for seed, run in runs.items() if run["clean"] <= share + NEAR} for arm, runs in arms.items()}
+        if not any(bad.values()):
+            continue
+        shown = ", ".join(f"{len(seeds)} of {NAMES[arm]}" for arm, seeds in bad.items() if seeds)
+        without = "; ".join(
+            f"{NAMES[arm]} {Difference(_but(arms[arm], seeds), _but(arms['lora'], seeds), 'clean')}"
+            for arm in RANKED
+            for seeds in [bad["lora"] | bad[arm]]
+        )
+        lines.append(
+            f"- `{name}`: the most frequent class is {100 * share:.1f} % of the rows; at most a point above it are "
+            f"{shown}. Without the seeds of these runs, against LoRA: {without}."
+        )
+    head = "**Runs that learned little more than which class is the most frequent**, all with the defaults:\n\n"
+    return head + "\n".join(lines) if lines else ""
+
+
+def _but(runs: dict[int, dict[str, Any]], seeds: set[int]) -> dict[int, dict[str, Any]]:
+    return {seed: run for seed, run in runs.items() if seed not in seeds}
 
 
 def _adversarial(result: dict[str, Any]) -> str:
@@ -295,18 +325,18 @@ def _tuning(result: dict[str, Any]) -> str:
         for arm, tried in result["settings"]["trials"][name].items():
             for by in criteria(arm) if len(tried) > 1 else ():
                 label = "the mean of the three" if by == "robust" else "clean accuracy"
-                shown = "; ".join(describe(trial) for trial in tried)
-                rows.append([name, NAMES[arm], label, shown, _chosen(result, name, arm, by)])
+                shown = "; ".join(_trial(result, name, arm, number, by) for number in range(len(tried)))
+                best = describe(tried[best_trial(result, name, arm, by)])
+                rows.append([name, NAMES[arm], label, shown, best])
     head = ["set", "arm", "chosen by", "trials", "chosen"]
     note = (
-        "The score of the trial on the held-out rows is in brackets; sizes are relative to the embeddings. Two trials "
-        "are few:\na wider grid might do better."
+        "The scores of the trials on the held-out rows are in brackets; of equal ones the first is chosen. Sizes are "
+        "relative\nto the embeddings. Two trials are few: a wider grid might do better."
     )
     return f"## Trials\n\n{note}\n\n{_table(head, rows)}"
 
 
-def _chosen(result: dict[str, Any], name: str, arm: str, by: str) -> str:
-    number = best_trial(result, name, arm, by)
+def _trial(result: dict[str, Any], name: str, arm: str, number: int, by: str) -> str:
     values = result["trials"][f"{name}/{arm}/{number}/{_tuning_seed(result)}"]
     return f"{describe(result['settings']['trials'][name][arm][number])} ({100 * score(values, by):.1f})"
 

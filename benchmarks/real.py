@@ -78,6 +78,7 @@ class Benchmark:
             "tasks": self.settings,
             "runs": {task.name: {arm: {} for arm in task.arms} for task in tasks},
             "profiles": {},
+            "left_out": [],
         }
         self.earlier = 0.0
         if options.resume:
@@ -134,7 +135,9 @@ class Benchmark:
         left = share * 60.0 * self.options.minutes - (time.perf_counter() - self.started)
         if 1.1 * expected <= left:
             return True
-        say(f"left out: {shown}: it may take {expected / 60:.1f} minutes, and {max(left, 0.0) / 60:.1f} are left")
+        text = f"{shown}: it may take {expected / 60:.1f} minutes, and {max(left, 0.0) / 60:.1f} are left"
+        self.result["left_out"].append(text)
+        say(f"left out: {text}")
         return False
 
     def _round(self, task: t.Task, seed: int) -> None:

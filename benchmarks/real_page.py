@@ -174,8 +174,8 @@ def _difference(arms: dict[str, Runs], arm: str) -> str:
 
 
 def _verdicts(result: dict[str, Any], tasks: dict[str, Any]) -> list[str]:
-    """Return the targets that are missed, then those that are met, each as a list."""
-    found: list[tuple[bool, str]] = []
+    """Return the targets that are missed, what was left out or is not decided, and the targets that are met."""
+    found: list[tuple[bool | None, str]] = [(None, f"left out: {text}") for text in result.get("left_out", [])]
     for name in tasks:
         arms = {arm: runs for arm, runs in result["runs"][name].items() if runs}
         peers = [arm for arm in arms if arm != OURS and arms[arm].keys() & arms.get(OURS, {}).keys()]
@@ -183,25 +183,28 @@ def _verdicts(result: dict[str, Any], tasks: dict[str, Any]) -> list[str]:
             continue
         for arm in peers:
             difference = Difference(_numbered(arms[OURS]), _numbered(arms[arm]), "score")
-            if len(difference.values) > 1:
-                text = f"{name}: score against {NAMES[arm]}: {_difference(arms, arm)} points"
-                found.append((difference.mean + difference.half >= 0, text))
+            text = f"{name}: score against {NAMES[arm]}: {_difference(arms, arm)} points"
+            decided = len(difference.values) > 1
+            found.append((difference.mean + difference.half >= 0 if decided else None, text))
         reached = _median(arms[OURS], share)
         found.append((reached >= SHARE, f"{name}: {reached:.2f} of the matmul rate; target {SHARE}"))
-        slowest = min(peers, key=lambda arm: ratio(arms, arm, _process))
-        times = ratio(arms, slowest, _process)
-        found.append(
-            (times >= 1, f"{name}: a whole process is {times:.2f} times as fast as that of {NAMES[slowest]}; target 1")
-        )
+        for value, shown in ((_process, "in processor time"), (_wall("process"), "by the clock")):
+            slowest = min(peers, key=lambda arm: ratio(arms, arm, value))
+            times = ratio(arms, slowest, value)
+            text = f"{name}: a whole process is {times:.2f} times as fast {shown} as that of {NAMES[slowest]}; target 1"
+            found.append((times >= 1, text))
         largest = min(peers, key=lambda arm: ratio(arms, arm, _peak))
         memory = 1 / ratio(arms, largest, _peak)
+        before = _median(arms[OURS], lambda run: run["loaded_bytes"] / run["peak_bytes"])
         text = f"{name}: {memory:.2f} of the memory of {NAMES[largest]}; target {MEMORY}"
-        found.append((memory <= MEMORY, text))
+        met = memory <= MEMORY
+        found.append((met, text if met else f"{text}; {before:.0%} of ours is there before the first step"))
     lines: list[str] = []
-    for met, title in ((False, "Missed"), (True, "Met")):
+    closest = ", each against the peer closest to Budwood"
+    for met, title in ((False, f"Missed{closest}"), (None, "Not decided"), (True, f"Met{closest}")):
         texts = [text for good, text in found if good is met]
         if texts:
-            lines += [f"{title}, each against the peer closest to Budwood:\n", *(f"- {text}" for text in texts), ""]
+            lines += [f"{title}:\n", *(f"- {text}" for text in texts), ""]
     return lines
 
 

@@ -145,7 +145,7 @@ def merge(
     base: RecordedBase = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="bf16, fp16 or fp32. Default: fp16 for a base stored in it, else bf16."),
+        typer.Option("--dtype", help="bf16, fp16 or fp32. Default: that in which the base is stored."),
     ] = None,
     device: Device = "cpu",
     force: Annotated[

@@ -384,11 +384,12 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _describe(base: Base, heads: list[str]) -> str:
-    precision = PRECISIONS[str(base.dtype)]
+    precision, others = PRECISIONS[str(base.dtype)], _in_other_dtypes(base)
     if base.quantization == "none":
-        return f"{size(base.bytes)} in {precision}, not quantised"
+        return f"{size(base.bytes)} in {precision}, not quantised{others}"
     if find_quantizer(base.quantization).dequantizes:
-        return f"{size(base.bytes)} in {precision}: its {base.quantization} weights are dequantised as they are read"
+        how = f"its {base.quantization} weights are dequantised as they are read"
+        return f"{size(base.bytes)} in {precision}: {how}{others}"
     experts = count_experts(base.model)
     dense = ["experts"] if experts.quantized < experts.total else []
     names = [
@@ -398,8 +399,21 @@ def _describe(base: Base, heads: list[str]) -> str:
     ]
     return (
         f"{size(base.bytes)} in {base.quantization} ({size(base.bytes_unquantized)} in {precision}); "
-        f"{base.unquantized_share:.0%} of the weights stay in {precision}: {', '.join(names)}, norms"
+        f"{base.unquantized_share:.0%} of the weights stay in {precision}: {', '.join(names)}, norms{others}"
     )
+
+
+def _in_other_dtypes(base: Base) -> str:
+    """Return which floating weights are in another dtype than the base's, such as those that a class keeps in fp32."""
+    counts: dict[str, int] = {}
+    holders = (*filter(is_quantized, base.model.modules()), *quantized_experts(base.model))
+    quantized = {id(parameter) for module in holders for parameter in module.parameters()}
+    for parameter in base.model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != base.dtype and id(parameter) not in quantized:
+            name = str(parameter.dtype).removeprefix("torch.")
+            counts[name] = counts.get(name, 0) + parameter.numel()
+    shown = [f"{count:,} weights in {name}" for name, count in counts.items()]
+    return f"; {', '.join(shown)}" if shown else ""
 
 
 def _some(names: list[str]) -> str:

@@ -85,7 +85,7 @@ def merge(
         directory: the adapter's folder.
         out: folder for the merged model; it may not exist yet.
         base: current location of the base; None: as recorded.
-        dtype: dtype of the merged weights: bf16, fp16 or fp32; None: fp16 if the base is stored in it, else bf16.
+        dtype: dtype of the merged weights: bf16, fp16 or fp32; None: that in which the base is stored.
         device: device of the computation.
         force: write even if the merged model differs by more than a quarter of the adapter's effect.
         allow_other_base: merge into a base with a different fingerprint; recorded.
@@ -225,9 +225,10 @@ def original_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _default_dtype(base: Path) -> str:
-    """Return fp16 if a base is stored in it, else bf16."""
+    """Return the dtype in which a base says that it is stored, so that what the adapter leaves alone stays as it is."""
     config = read_config(base)
-    return "fp16" if (config.get("dtype") or config.get("torch_dtype")) == "float16" else "bf16"
+    stored = config.get("dtype") or config.get("torch_dtype")
+    return next((name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{stored}"), "bf16")
 
 
 def _narrow_copy(value: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def test_merged_in_fp32_stock_transformers_gives_the_adapters_logits(saved, tiny
 
 
 def test_merged_in_bf16_the_reported_distance_is_that_of_the_saved_model(saved, tiny_base, tmp_path):
-    report = merge(saved, tmp_path / "merged")
+    report = merge(saved, tmp_path / "merged", dtype="bf16")
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     apart = (stock_logits(tmp_path / "merged") - pool_logits(tiny_base, saved)).abs().max()
@@ -107,11 +107,18 @@ def test_an_effect_smaller_than_the_rounding_is_rejected_and_nothing_is_written(
     assert exact.rounded_away == 0 and exact.error < 0.25
 
 
-def test_a_base_in_fp16_is_merged_in_fp16(tiny_bases, tmp_path, make_saved):
-    base = tiny_bases("fp16", dtype=torch.float16)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
+def test_the_default_is_the_dtype_in_which_the_base_is_stored(tiny_bases, tmp_path, make_saved, name, dtype):
+    """So weights that the adapter leaves alone stay as they are."""
+    base = tiny_bases(name, dtype=dtype)
     report = merge(make_saved(base, tmp_path / "a"), tmp_path / "merged")
-    assert report.dtype == "fp16" and report.error < 0.01
-    assert {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.float16}
+    assert report.dtype == name and report.error < 0.25
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    assert {tensor.dtype for tensor in after.values()} == {dtype}
+    untouched = [key for key in before if "proj" not in key]
+    assert untouched and all(torch.equal(before[key], after[key]) for key in untouched)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

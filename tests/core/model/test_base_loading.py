@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from budwood.cli.app import run
 from budwood.errors import InputError, ResourceError
+from budwood.model import base as loading
 from budwood.model import machine
 from budwood.model.base import check_base, load_base, pick_device_precision, skeleton
 from budwood.model.quantizers.bitsandbytes import assert_not_packed
@@ -257,6 +258,14 @@ def test_device_and_precision_are_chosen_and_reported(monkeypatch):
         pick_device_precision("gpu0", None)
     with pytest.raises(InputError, match="precision 'int4'"):
         pick_device_precision("cpu", "int4")
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_weights_in_another_dtype_than_the_base_are_named(tiny_base, quantization):
+    base = load_base(tiny_base, quantization, "AutoModelForCausalLM", torch.bfloat16, needs_tokenizer=False)
+    assert "weights in float" not in base.notes[-1]
+    base.model.model.norm.float()  # as classes do that keep modules in fp32
+    assert loading._describe(base, ["lm_head"]).endswith("; 64 weights in float32")
 
 
 # --- the hub's cache, memory and output
