@@ -139,6 +139,18 @@ class Examples(Sequence[Example]):
         """Number of labels of each example, [n]."""
         return self._parts["labels"].shapes[:, 0]
 
+    @property
+    def label_values(self) -> Ragged:
+        """The labels of all examples."""
+        return self._parts["labels"]
+
+    @property
+    def class_weights(self) -> np.ndarray:
+        """Sum of the weights of each class's labels, [classes]."""
+        parts = (self._parts[name] for name in ("labels", "weights"))
+        labels, weights = (np.concatenate([part[index] for index in range(len(part))]) for part in parts)
+        return np.bincount(labels, weights, len(self.labels))
+
     def input_values(self, name: str) -> Ragged | None:
         """Return an input of all examples; None if they have no input of that name."""
         return self._parts.get(f"inputs/{name}")

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def hold_out(examples: Examples, seed: int, group_by: str | None = None, where: 
     """Choose the examples that a run holds out: 5 %, at least 10 and at most 500; the seed decides which.
 
     Examples of one row, of one group, with equal inputs, or with one value of column `group_by` stay together. Each
-    class is held out in proportion, and at least one unit of it is left for training.
+    class is held out in proportion, as far as they allow, and at least one example of it is left for training.
 
     Args:
         group_by: a column of the data; rows without a value in it are separate.
@@ -60,11 +61,14 @@ def hold_out(examples: Examples, seed: int, group_by: str | None = None, where: 
     wanted = min(max(round(SHARE * count), LEAST), MOST)
     chosen = _choose(units, examples, wanted, seed)
     if not chosen.any():
-        return _none("rows that must stay together (groups, equal rows) are more than the part to hold out")
+        return _none(
+            "rows that must stay together (groups, equal rows) are more than the part to hold out, or all of a class"
+        )
     indices = np.flatnonzero(chosen)
     rows = np.unique(examples.row_numbers[indices])
     details = f"{len(np.unique(units[indices])):,} groups by {group_by}" if group_by else f"{len(rows):,} rows"
     details += ", in proportion to the classes" if examples.labels else ""
+    details += ", as far as groups allow" if examples.labels and group_by else ""
     note = (
         f"held out for evaluation: {len(indices):,} of {count:,} examples ({details}); "
         "data.eval: none trains on them too"
@@ -111,19 +115,35 @@ def _units(examples: Examples, group_by: str | None, where: str) -> np.ndarray:
 
 
 def _choose(units: np.ndarray, examples: Examples, wanted: int, seed: int) -> np.ndarray:
-    """Return which examples are held out, [n] bool; at most `wanted`, and never all units of a class."""
-    numbers, first, sizes = np.unique(units, return_index=True, return_counts=True)
-    classes = np.array([_class(examples, int(i)) for i in first]) if examples.labels else np.zeros(len(first), int)
-    order = np.random.default_rng([seed, len(units)]).permutation(len(numbers))
-    totals = np.bincount(classes, weights=sizes)
-    quotas = _shares(totals, wanted)
+    """Return which examples are held out, [n] bool: at most `wanted`, whole units, and never the last of a class.
+
+    The next unit is, in random order, one of the class that lacks most of its share; a unit is of its first example's
+    class. One that fits into what is wanted is held out even if it exceeds that share.
+    """
+    numbers, first, places, sizes = np.unique(units, return_index=True, return_inverse=True, return_counts=True)
+    classes = _classes(examples)
     left = np.bincount(classes)
-    held = np.zeros(len(numbers), dtype=bool)
-    for unit in order:
-        kind = classes[unit]
-        if sizes[unit] <= quotas[kind] and left[kind] > 1:
-            held[unit], quotas[kind], left[kind] = True, quotas[kind] - sizes[unit], left[kind] - 1
-    return held[np.searchsorted(numbers, units)]
+    lacking = _shares(left, wanted).astype(float)
+    members, ends = np.argsort(places, kind="stable"), np.cumsum(sizes)
+    waiting: dict[int, list[int]] = {}
+    for unit in reversed(np.random.default_rng([seed, len(units)]).permutation(len(numbers))):
+        waiting.setdefault(int(classes[first[unit]]), []).append(int(unit))
+    held, room, smallest = np.zeros(len(numbers), dtype=bool), wanted, sizes.min()
+    while waiting and room >= smallest:
+        kind = int(lacking.argmax())
+        queue = waiting.get(kind, [])
+        while queue and sizes[queue[-1]] > room:
+            queue.pop()
+        if not queue:
+            lacking[kind] = -np.inf
+            waiting.pop(kind, None)
+            continue
+        unit = queue.pop()
+        counts = np.bincount(classes[members[ends[unit] - sizes[unit] : ends[unit]]], minlength=len(left))
+        if (left[counts > 0] > counts[counts > 0]).all():
+            held[unit], room = True, room - int(sizes[unit])
+            lacking, left = lacking - counts, left - counts
+    return held[places]
 
 
 def _shares(totals: np.ndarray, wanted: int) -> np.ndarray:
@@ -135,9 +155,12 @@ def _shares(totals: np.ndarray, wanted: int) -> np.ndarray:
     return shares
 
 
-def _class(examples: Examples, index: int) -> int:
-    labels = examples[index].labels
-    return int(labels[0]) if len(labels) else 0
+def _classes(examples: Examples) -> np.ndarray:
+    """Return the class of each example, [n] int64: that of its first label; 0 without classes."""
+    if not examples.labels:
+        return np.zeros(len(examples), dtype=np.int64)
+    labels = examples.label_values
+    return np.array([next(iter(labels[index]), 0) for index in range(len(labels))], dtype=np.int64)
 
 
 def _column_hashes(examples: Examples, column: str, where: str) -> np.ndarray:
@@ -148,6 +171,11 @@ def _column_hashes(examples: Examples, column: str, where: str) -> np.ndarray:
     hashes = np.empty(len(rows), dtype=np.uint64)
     for index, row in enumerate(rows):
         value = row.get(column)
-        text = f"row {index}" if value is None else "value " + json.dumps(value, sort_keys=True, default=str)
+        text = "value " + json.dumps(value, sort_keys=True, default=str) if _is_value(value) else f"row {index}"
         hashes[index] = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
     return hashes
+
+
+def _is_value(value: Any) -> bool:
+    """Return whether a field has a value; null, NaN and blank text, as of an empty cell, are none."""
+    return value is not None and value == value and not (isinstance(value, str) and not value.strip())

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
@@ -109,6 +112,20 @@ def test_whole_groups_by_a_column_and_rows_without_a_value_are_separate(build: B
     assert f"{alone + len(counts)} groups by conversation_id" in choice.note
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_row_whose_group_is_nan_or_an_empty_field_is_separate(build: Build, tmp_path: Path, kind: str) -> None:
+    path, lines = tmp_path / f"rows.{kind}", [f"line {i}" for i in range(200)]
+    if kind == "jsonl":
+        write(path, [{"text": line, "author": ("", " ")[i % 2]} for i, line in enumerate(lines)])
+    elif kind == "csv":
+        fields = [("", "NULL", "NaN")[i % 3] for i in range(200)]
+        path.write_text("\n".join(["text,author", *(f"{line},{f}" for line, f in zip(lines, fields, strict=True)), ""]))
+    else:
+        pq.write_table(pa.table({"text": lines, "author": pa.array([math.nan] * 200, pa.float64())}), path)
+    choice = hold_out(build(path), seed=0, group_by="author")
+    assert len(choice.rows) == 10, choice.note
+
+
 def test_a_column_that_is_not_there_is_refused(build: Build) -> None:
     with pytest.raises(InputError, match="r.yaml:3: data.group_by: .* has no column 'topic': it has text"):
         hold_out(build(texts(100)), 0, "topic", "r.yaml:3: data.group_by")
@@ -132,6 +149,31 @@ def test_each_class_is_held_out_in_proportion_and_left_in_training(build: Build)
     trained = dict(zip(rest.labels, rest.stats.classes, strict=True))
     assert held == {"fonts": 4, "games": 15, "rare": 1, "single": 0}
     assert trained == {"fonts": 76, "games": 285, "rare": 19, "single": 1}
+
+
+def test_groups_of_a_classifier_are_held_out_whole_and_each_class_about_in_proportion(build: Build) -> None:
+    def held(classes: Sequence[str]) -> Counter[str]:
+        rows = [{"text": f"thing {i}", "label": name, "author": f"a{i // 10}"} for i, name in enumerate(classes)]
+        choice = hold_out(build(rows, "sequence-classification"), seed=0, group_by="author")
+        assert set(Counter(rows[i]["author"] for i in choice.rows).values()) == {10}, choice.note
+        assert "groups by author, in proportion to the classes, as far as groups allow" in choice.note
+        return Counter(classes[i] for i in choice.rows)
+
+    mixed = held(["games", "fonts", "text"] * 133 + ["games"])
+    assert mixed.total() == 20 and min(mixed.values()) >= 6
+    assert held(["games"] * 200 + ["fonts"] * 160 + ["text"] * 40) == {"games": 10, "fonts": 10}
+    assert held(["games"] * 400 + ["fonts"] * 400) == {"games": 20, "fonts": 20}
+
+
+def test_a_group_that_holds_the_rest_of_a_class_is_left_in_training(build: Build) -> None:
+    names = ["games"] * 9 + ["rare"] + ["games"] * 90
+    rows = [{"text": f"thing {i}", "label": name, "author": f"a{i // 10}"} for i, name in enumerate(names)]
+    examples = build(rows, "sequence-classification")
+    for seed in range(20):
+        assert len(held := hold_out(examples, seed, "author").rows) == 10 and 9 not in held
+    alone = [{"text": f"thing {i}", "label": f"class {i // 2}", "author": f"a{i // 2}"} for i in range(100)]
+    choice = hold_out(build(alone, "sequence-classification"), seed=0, group_by="author")
+    assert not len(choice.rows) and choice.note.endswith("or all of a class; set data.eval")
 
 
 def test_rows_of_an_earlier_choice(build: Build) -> None:
