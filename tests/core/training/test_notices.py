@@ -17,6 +17,7 @@ from budwood.cli.app import run as command
 from budwood.contract.types import Run
 from budwood.data.build import build_examples
 from budwood.errors import InputError
+from budwood.model.text_tasks import SequenceClassification
 from budwood.recipe.schema import Recipe
 from budwood.training.evaluate import evaluate_adapter
 from budwood.training.loop import tune
@@ -134,3 +135,59 @@ def test_a_run_that_hardly_learned_ends_with_what_to_change(make_recipe: Make, s
     said.clear()
     tune(make_recipe("learned", evaluate=evaluate, train={"learning_rate": 1e-2, "steps": 16}))
     assert not any(line.startswith("note: the loss ") for line in said)
+
+
+def classes_recipe(make_recipe: Make, tmp_path: Path, rows: list[dict[str, Any]], evaluate: bool) -> Recipe:
+    """Return a recipe of 30 steps that classifies rows, all of them in each step."""
+    path = write(tmp_path / "classes.jsonl", rows)
+    return make_recipe(
+        base={"task": "sequence-classification"}, data={"train": path, "eval": path if evaluate else "none"},
+        train={"steps": 30, "batch_examples": len(rows), "micro_tokens": 2048},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_a_classifier_that_gives_every_row_the_same_is_noticed(
+    make_recipe: Make, tmp_path: Path, said: list[str], evaluate: bool
+) -> None:
+    """Equal texts allow nothing else; the weights decide which class is the most frequent, and one occurs once."""
+    counts = (("a", 0.5, 24), ("b", 1.0, 5), ("once", 1.0, 1))
+    rows = [{"text": "games", "label": name, "weight": weight} for name, weight, count in counts for _ in range(count)]
+    run = tune(classes_recipe(make_recipe, tmp_path, rows, evaluate))
+    remedy = "raise train.steps (now 30) and the number of rows (now 30), or change train.learning_rate (now 0.01)"
+    if evaluate:
+        assert run.metrics["eval_loss"] < 0.95 * run.before["eval_loss"], "by the rule of all tasks, it has learned"
+        what = "the accuracy (0.6667) is no better than always giving the most frequent class (0.6667)"
+        assert said[-1] == f"note: {what}: {remedy}"
+    else:
+        assert said[-1].startswith("note: the loss (0.") and said[-1].endswith(
+            f"frequencies of the classes (0.7867): {remedy}"
+        )
+
+
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_a_classifier_that_uses_its_texts_gets_no_note(
+    make_recipe: Make, tmp_path: Path, said: list[str], evaluate: bool
+) -> None:
+    rows = [
+        {"text": f"{name} number {i}", "label": name} for name, n in (("games", 20), ("fonts", 4)) for i in range(n)
+    ]
+    tune(classes_recipe(make_recipe, tmp_path, rows, evaluate))
+    assert not any(line.startswith(("note: the loss", "note: the accuracy")) for line in said)
+
+
+@pytest.mark.parametrize(("accuracy", "loss", "noted"), [(0.6, 0.66, True), (0.9, 0.66, False), (0.6, 0.5, False)])
+def test_a_loss_or_an_accuracy_better_than_the_frequencies_is_learning(
+    make_recipe: Make, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch,
+    accuracy: float, loss: float, noted: bool,
+) -> None:  # fmt: skip
+    """Of 6 and 4 rows, whose frequencies give 0.673 nats: an overconfident classifier, and one that ranks well."""
+    losses = iter([0.9, loss])
+
+    def measure(self: Any, run: Run, noise: Any = None) -> dict[str, float]:
+        return {"eval_loss": next(losses), "eval_accuracy": accuracy}
+
+    monkeypatch.setattr(SequenceClassification, "measure", measure)
+    rows = [{"text": f"thing {i}", "label": "ab"[i % 5 < 2]} for i in range(10)]
+    tune(classes_recipe(make_recipe, tmp_path, rows, True))
+    assert said[-1].startswith("note: the accuracy (0.6000)") == noted
