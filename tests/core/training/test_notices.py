@@ -127,6 +127,22 @@ def test_exact_match_of_messages(make_recipe: Make, tmp_path: Path, rows: list[A
         assert run.before["eval_exact_match"] == 0 and run.metrics["eval_exact_match"] == 1
 
 
+def test_one_long_conversation_leaves_the_exact_match_of_the_others(
+    make_recipe: Make, tmp_path: Path, said: list[str]
+) -> None:
+    rows = [messages("games", "fun")] * 7 + [messages("games", "fun", "fonts", " ".join(["letters"] * 40))]
+    path = write(tmp_path / "chat.jsonl", rows)
+    recipe = make_recipe(
+        data={"train": path, "eval": path, "max_length": 300}, train={"steps": 4, "eval_every": 2, "eval_generate": 100}
+    )
+    run = tune(recipe)
+    assert "eval_exact_match" in run.before and "eval_exact_match" in run.metrics
+    assert [line for line in said if line.startswith("note: exact match")] == [
+        "note: exact match is measured on 7 of 8 prompts: the other conversations have more than one answer, or the "
+        "chat template adds words"
+    ]
+
+
 @pytest.mark.parametrize("evaluate", [True, False])
 def test_a_run_that_hardly_learned_ends_with_what_to_change(make_recipe: Make, said: list[str], evaluate: bool) -> None:
     tune(make_recipe(evaluate=evaluate, train={"learning_rate": 1e-7, "steps": 8}))
