@@ -80,7 +80,7 @@ def generate(
     if pool.task_plugin.responds():
         _respond(pool, [str(path) for path in image] if image else [text], names, as_json)
         return
-    requests = [_request(text, name, saved, chat) for name in names]
+    requests = [_request(pool, text, name, saved, chat) for name in names]
     streaming = len(names) == 1 and not as_json
     answers = pool.generate(
         requests,
@@ -105,11 +105,15 @@ def generate(
             echo(f"── {adapter_name or 'base'}\n{answer.text}")
 
 
-def _request(text: str, name: str | None, saved: dict[str, SavedAdapter], chat: bool | None) -> Prompt:
+def _request(
+    pool: AdapterPool, text: str, name: str | None, saved: dict[str, SavedAdapter], chat: bool | None
+) -> Prompt:
     """Return the prompt to an adapter, or to the base: as messages or as text; a warning says if training differed.
 
     Without `chat`, an adapter gets what it was trained on, and the base beside adapters what any of them gets.
     """
+    from budwood.data.encoder import encode_prompt
+
     trained = {n: bool(a.manifest and a.manifest.on_messages) for n, a in saved.items()}
     given = chat if chat is not None else trained[name] if name is not None else any(trained.values())
     known = name is not None and (manifest := saved[name].manifest) is not None and manifest.on_messages is not None
@@ -121,7 +125,9 @@ def _request(text: str, name: str | None, saved: dict[str, SavedAdapter], chat: 
             f"note: adapter '{name}' was trained on messages, so the prompt is sent as one; --no-chat: as it is.",
             err=True,
         )
-    return [{"role": "user", "content": text}] if given else text
+    if given:
+        return [{"role": "user", "content": text}]
+    return encode_prompt(pool.tokenizer, text) or text  # of tokens, the pool does not warn again
 
 
 def _read_prompt(prompt: str) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from budwood.data.encoder import encode_prompt
 from budwood.errors import InputError
 from budwood.model.limits import ContextFullError
-from budwood.serving.pool import AdapterPool, leading
+from budwood.serving.pool import AdapterPool, Prompt, leading
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,9 @@ class Chat:
         as_messages = self.sends_messages(self.adapter)
         system = [{"role": "system", "content": self.system}] if self.system else []
         said = [*self.messages, {"role": "user", "content": text}]
+        prompt: Prompt = [*system, *said]
+        if not as_messages:  # of tokens, the pool does not warn, as the session has done
+            prompt = encode_prompt(self.pool.tokenizer, text) or text
         pieces: list[str] = []
         started, first = time.perf_counter(), 0.0
 
@@ -113,8 +117,7 @@ class Chat:
 
         try:
             (answer,) = self.pool.generate(
-                [[*system, *said] if as_messages else text], [self.adapter], seed=self._seed + self._turns,
-                stream=take, **self._sampling,
+                [prompt], [self.adapter], seed=self._seed + self._turns, stream=take, **self._sampling,
             )  # fmt: skip
         except ContextFullError as error:
             remedy = "/reset begins a new conversation." if self.messages and as_messages else "Send a shorter text."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,8 @@ from budwood.model.task import Task
 from budwood.model.text_tasks import as_probe
 from budwood.serving.engine import Engine
 from budwood.serving.requests import Answer, Sampling, check_weights
+
+log = logging.getLogger("budwood.pool")
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """Text, chat messages, or token ids."""
@@ -109,6 +112,7 @@ class AdapterPool:
         self.tokenizer = base.tokenizer
         self._current: str | None = None  # the last selection of any thread
         self._own = threading.local()  # .name: that of this thread
+        self._warned: set[Path] = set()
 
     @property
     def names(self) -> list[str]:
@@ -198,7 +202,8 @@ class AdapterPool:
         """Generate answers to prompts, in one batch even with different adapters, and with calls of other threads.
 
         Args:
-            prompts: texts, lists of chat messages, or token ids.
+            prompts: texts, lists of chat messages, or token ids. A text to an adapter that was trained on messages is
+                logged once as a warning.
             adapters: adapter name per prompt, weights of several adapters whose sum answers, such as
                 {"a": 0.7, "b": 0.3}, or None for the base; absent: the adapter in use for all prompts.
             max_new_tokens: largest number of tokens per answer.
@@ -331,6 +336,7 @@ class AdapterPool:
 
     def _encode(self, prompt: Prompt, name: str | None, where: str = "prompt") -> list[int]:
         if isinstance(prompt, str):
+            self._warn_of_text(name, where)
             return encode_prompt(self.tokenizer, prompt)
         if prompt and not all(isinstance(part, Mapping) for part in prompt):
             for part in prompt:
@@ -340,6 +346,18 @@ class AdapterPool:
         manifest = self.adapter(name).manifest if name is not None else None
         chat = (manifest.chat if manifest else None) or ChatRecord()
         return encode_chat(self.tokenizer, prompt, chat.options, chat.template, chat.date)  # type: ignore[arg-type]
+
+    def _warn_of_text(self, name: str | None, where: str) -> None:
+        """Warn once of an adapter that was trained on messages and is sent plain text."""
+        saved = self.adapter(name) if name is not None else None
+        if saved is None or saved.manifest is None or not saved.manifest.on_messages or saved.directory in self._warned:
+            return
+        self._warned.add(saved.directory)
+        log.warning(
+            "adapter '%s' was trained on messages, but %s is plain text: pass [{'role': 'user', 'content': …}]",
+            name,
+            where,
+        )
 
 
 def load_for_task(

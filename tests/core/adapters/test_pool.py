@@ -465,3 +465,16 @@ def test_task_and_labels_must_match_the_pool(tiny_base, classifier, stock):
         pool.generate(["The"])
     with pytest.raises(InputError, match="open it with task="):
         open_pool(tiny_base).classify(["The"])
+
+
+def test_plain_text_to_an_adapter_that_was_trained_on_messages_is_warned_of_once(
+    tiny_base, tmp_path, make_saved, caplog
+):
+    pool = open_pool(tiny_base)
+    for name, on_messages in (("chat", True), ("plain", False), ("unknown", None)):
+        pool.load(name, make_saved(tiny_base, tmp_path / name, on_messages=on_messages))
+    pool.generate(["hello"] * 4, [None, "plain", "unknown", "chat"], max_new_tokens=1)
+    pool.generate(["hello", [{"role": "user", "content": "hello"}]], ["chat", "chat"], max_new_tokens=1)
+    assert [record.getMessage() for record in caplog.records if record.name == "budwood.pool"] == [
+        "adapter 'chat' was trained on messages, but prompt 4 is plain text: pass [{'role': 'user', 'content': …}]"
+    ]

@@ -82,7 +82,7 @@ def test_as_chat_on_messages_is_refused(make_recipe: Make, tmp_path: Path) -> No
 
 
 def test_an_adapter_remembers_whether_it_was_trained_on_messages(
-    make_recipe: Make, said: list[str], capsys: pytest.CaptureFixture[str]
+    make_recipe: Make, said: list[str], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     chat = tune(make_recipe("chat", evaluate=True, data={"as_chat": True}, train={"eval_generate": 2}))
     assert manifest(chat).on_messages is True and "--chat --prompt" in said[-1]
@@ -105,6 +105,7 @@ def test_an_adapter_remembers_whether_it_was_trained_on_messages(
     assert answer("chat", "--chat")[1] == answer("plain", "--no-chat")[1] == answer("plain")[1] == ""
     assert "warning: adapter 'chat' was trained on messages, but --no-chat" in answer("chat", "--no-chat")[1]
     assert "warning: adapter 'plain' was trained on plain text, but --chat" in answer("plain", "--chat")[1]
+    assert not [record for record in caplog.records if record.name == "budwood.pool"], "nothing is said twice"
 
 
 @pytest.mark.parametrize(
