@@ -11,7 +11,10 @@ from budwood.recipe.sections import TrainSection
 STEPS = 128
 """Optimizer steps of a run on little data, unless that takes more than `EPOCHS` passes."""
 EPOCHS, SHORT_EPOCHS, SHORT = 4, 10, 8
-"""Maximum number of epochs; that for short answers and classes, memorised later; the maximum labels of those."""
+"""Maximum number of epochs; that for short answers and classes, memorised later; the maximum labels of those.
+
+Prompts that a run answers itself count as longer answers, whose length is unknown.
+"""
 ENCODER = 2
 """Factor of the steps and epochs of a text encoder that learns classes; its new head starts from random values."""
 PASSES = ((10_000, 3), (100_000, 2))
@@ -42,11 +45,12 @@ class Facts:
     Attributes:
         examples: number of examples, or of groups.
         tokens: sum of their lengths.
-        labels: mean number of labels of an example.
+        labels: mean number of labels of an example; 0: the run generates the answers.
         width: hidden size of the base; None: unknown.
         scale: product of the strategies' `learning_rate_scale`.
         evaluated: whether there is evaluation data.
-        encoder: whether the base is a text encoder.
+        encoder: whether the base is a text encoder that learns classes.
+        updates: optimizer steps per batch of examples.
     """
 
     examples: int
@@ -56,6 +60,7 @@ class Facts:
     scale: float = 1.0
     evaluated: bool = False
     encoder: bool = False
+    updates: int = 1
 
 
 def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
@@ -72,17 +77,19 @@ def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
         per_epoch = math.ceil(count / batch_examples)
     else:
         per_epoch = math.ceil(max(facts.tokens, 1) / (train.batch_tokens or 1))
-    short = facts.labels <= SHORT
+    steps = per_epoch * facts.updates
+    short = 0 < facts.labels <= SHORT
     if train.epochs is None and train.steps is None:
         least = next((passes for largest, passes in PASSES if count <= largest), 1)
         factor = ENCODER if facts.encoder and short else 1
         most = factor * (SHORT_EPOCHS if short else EPOCHS)
-        epochs = max(least, min(math.ceil(factor * STEPS / per_epoch), most))
+        epochs = max(least, min(math.ceil(factor * STEPS / steps), most))
         chosen["epochs"] = epochs
         told.append(plural(epochs, "epoch"))
-        if facts.evaluated and train.eval_every is None:
-            chosen["eval_every"] = per_epoch
-            told.append("an evaluation after each (the best adapter is kept)")
+    if facts.evaluated and train.eval_every is None and ("epochs" in chosen or train.patience is not None):
+        chosen["eval_every"] = steps
+        each = "each" if "epochs" in chosen else "each epoch"
+        told.append(f"an evaluation after {each} (the best adapter is kept)")
     if train.learning_rate is None:
         rate = RATE * (WIDTH / (facts.width or WIDTH)) ** POWER * facts.scale
         if not short:
@@ -90,8 +97,8 @@ def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
         chosen["learning_rate"] = float(f"{rate:.2g}")
         told.append(f"a learning rate of {rate:.2g}")
     if train.warmup is None:
-        steps = train.steps or per_epoch * (train.epochs or int(chosen["epochs"]))
-        warmup = min(round(WARMUP * steps), WARMUP_STEPS)
+        total = train.steps or steps * (train.epochs or int(chosen["epochs"]))
+        warmup = min(round(WARMUP * total), WARMUP_STEPS)
         chosen["warmup"] = float(warmup)
         told.append(plural(warmup, "warm-up step") if warmup else "no warm-up")
     if not chosen:

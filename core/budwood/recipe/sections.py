@@ -218,7 +218,11 @@ class TrainSection(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="compute dtype; auto: bf16 on devices where it is fast"
     )
-    eval_every: Count | None = Field(None, description="steps between evaluations; default: evaluate at the end")
+    eval_every: Count | None = Field(
+        None,
+        description="steps between evaluations; default: an epoch, if `epochs` is chosen or `patience` is set; "
+        "otherwise evaluate at the end",
+    )
     eval_generate: Annotated[int, Field(strict=True, ge=0)] = Field(
         100, description="prompts answered per evaluation to measure exact match; 0: none"
     )
@@ -263,7 +267,7 @@ class TrainSection(Section):
     def _check_consistency(self) -> TrainSection:
         if self.warmup is not None and self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"train.warmup: a value of 1 or more counts steps and must be whole (got {self.warmup})")
-        if self.patience and not self.eval_every:
+        if self.patience and self.steps and not self.eval_every:  # with epochs, there is one after each
             raise ValueError("train.patience: counts evaluations during the run; set train.eval_every too")
         if self.activation_offloading and self.gradient_checkpointing is False:
             raise ValueError(

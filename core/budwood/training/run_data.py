@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
 from budwood.contract.registry import Composition
-from budwood.contract.strategy import Strategy
 from budwood.contract.types import Run
 from budwood.data.build import build_examples, overlap
 from budwood.data.checking import check_examples
@@ -31,7 +29,7 @@ from budwood.recipe.schema import Recipe
 from budwood.recipe.sections import TrainSection
 from budwood.training.durability.resume import Resume
 from budwood.training.encoding import encoding
-from budwood.training.on_policy import updates_of
+from budwood.training.on_policy import find_generator, updates_of
 from budwood.training.report import Report
 
 
@@ -79,7 +77,7 @@ def read_data(
     run.examples = _prepare_examples(run, hooks, examples)
     if run.examples is not examples:
         check_fits(run.examples, model, run.tokenizer, run.recipe.base.model)
-    train, line = choose_for(run.recipe, run.examples, model, run.eval_examples is not None, run.strategies)
+    train, line = choose_for(run.recipe, run.examples, model, run.eval_examples is not None, hooks)
     run.recipe = run.recipe.with_train(train)
     if line:
         report.say(line)
@@ -101,20 +99,28 @@ def _encoded_once(data: Data) -> AbstractContextManager[None]:
 
 
 def choose_for(
-    recipe: Recipe, examples: Examples, model: Any, evaluated: bool, strategies: Sequence[Strategy] = ()
+    recipe: Recipe, examples: Examples, model: Any, evaluated: bool, hooks: Composition | None = None
 ) -> tuple[TrainSection, str]:
     """Choose the values that a recipe's `train` section does not set; see `recipe.defaults`.
 
     Args:
         model: the base, or its skeleton.
         evaluated: whether there is evaluation data.
+        hooks: the strategies; None: they are unknown, and only the size of the batches counts.
     """
     width = getattr(model.config.get_text_config(), "hidden_size", None)
-    scale = math.prod(strategy.learning_rate_scale for strategy in strategies)
-    groups = len(np.unique(examples.groups))
-    labels = float(examples.label_counts.mean()) if len(examples) else 0.0
-    tokens = int(examples.lengths.sum())
-    return choose(recipe.train, Facts(groups, tokens, labels, width, scale, evaluated, is_encoder(model.config)))
+    generates = hooks is not None and find_generator(hooks) is not None
+    facts = Facts(
+        examples=len(np.unique(examples.groups)),
+        tokens=int(examples.lengths.sum()),
+        labels=float(examples.label_counts.mean()) if len(examples) and not generates else 0.0,
+        width=width,
+        scale=math.prod(strategy.learning_rate_scale for strategy in hooks.strategies) if hooks is not None else 1.0,
+        evaluated=evaluated,
+        encoder=is_encoder(model.config) and bool(examples.labels),
+        updates=updates_of(hooks) if hooks is not None else 1,
+    )
+    return choose(recipe.train, facts)
 
 
 def split_held_out(recipe: Recipe, examples: Examples) -> HeldOut:

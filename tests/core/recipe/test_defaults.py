@@ -62,6 +62,25 @@ def test_an_evaluation_after_each_epoch_if_the_epochs_are_chosen() -> None:
     assert chosen(500).eval_every is None
 
 
+def test_patience_needs_no_interval_if_the_run_counts_epochs() -> None:
+    train, line = choose(TrainSection(epochs=3, patience=2), facts(500, evaluated=True))
+    assert train.eval_every == 32 and "batches of 16 examples, an evaluation after each epoch (the best" in line
+    assert chosen(500, TrainSection(patience=2), evaluated=True).eval_every == 32
+    assert chosen(500, TrainSection(patience=2, eval_every=7), evaluated=True).eval_every == 7
+
+
+def test_steps_are_those_of_the_optimizer_if_there_are_several_on_a_batch() -> None:
+    train = chosen(50, updates=2, evaluated=True, labels=40.0)
+    assert (train.batch_examples, train.epochs, train.eval_every, train.warmup) == (4, 4, 26, 10)  # 13 batches
+    assert chosen(500, updates=4).epochs == 3
+    assert chosen(500, TrainSection(epochs=1), updates=2).warmup == 6
+
+
+def test_answers_that_the_run_generates_count_as_long() -> None:
+    train = chosen(50, labels=0.0)
+    assert (train.epochs, train.learning_rate) == (4, 6.6e-4)
+
+
 def test_what_is_given_is_kept_and_counts() -> None:
     given = TrainSection(epochs=2, batch_tokens=1000, learning_rate=1e-5, warmup=0.5)
     assert choose(given, facts(500)) == (given, "")

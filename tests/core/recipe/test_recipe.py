@@ -119,7 +119,7 @@ def test_scientific_notation_is_a_number(literal):
             "recipe.yaml:8: train.micro_tokens: must be a whole number (got 'much').",
         ),
         (
-            "  patience: 2",
+            "  patience: 2\n  steps: 9",
             "recipe.yaml:8: train.patience: counts evaluations during the run; set train.eval_every too.",
         ),
         *(

@@ -17,6 +17,8 @@ from budwood.recipe.schema import Recipe
 from budwood.testing.fake import run_on_fake_tensors
 from budwood.training import loop
 from budwood.training.loop import tune
+from budwood.training.report import Report
+from budwood.training.setup import prepare
 
 Make = Callable[..., Recipe]
 
@@ -59,6 +61,20 @@ def test_a_reward_rises_and_its_samples_are_recorded(make_recipe: Make, said: li
     assert any("reward 'exact_match' was always 0, so it teaches nothing" in line for line in said)
     manifest = json.loads((run.directory / "manifest.json").read_text())
     assert "samples.jsonl" in manifest["files"]
+
+
+def test_the_chosen_length_counts_every_update_and_no_answer_as_short(make_recipe: Make, tmp_path: Path) -> None:
+    evaluated = tmp_path / "eval.jsonl"
+    evaluated.write_text('{"prompt": "games files:"}\n{"prompt": "data:"}\n')
+    train = dict.fromkeys(("steps", "batch_examples", "learning_rate", "warmup"))
+    for number, completions in enumerate((False, True)):
+        recipe = make_recipe(
+            {"iterations": 2}, f"run-{number}", train=train, data={"eval": str(evaluated)}, completions=completions
+        )
+        run, _, _ = prepare(recipe, Report(quiet=True), False)
+        chosen = run.recipe.train
+        assert (chosen.batch_examples, chosen.epochs, chosen.eval_every, chosen.warmup) == (4, 4, 8, 3)
+        assert run.steps == 4 * 8, "16 prompts are 4 batches, of 2 updates each"
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:

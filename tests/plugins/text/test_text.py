@@ -22,6 +22,7 @@ from budwood.planning.composition import plan
 from budwood.recipe.schema import Recipe
 from budwood.testing import tiny_decoder, tiny_encoder
 from budwood.training import setup
+from budwood.training.report import Report
 
 WORDS = "alice bob paris rome walks to from sees in today".split()  # noqa: SIM905
 PEOPLE, PLACES = WORDS[:2], WORDS[2:4]
@@ -125,6 +126,17 @@ def test_entities_are_learned_measured_and_answered(
     found = answer(folder, run, "bob walks paris today", capsys)
     assert found["tokens"] == ["bob", "walks", "paris", "today"]
     assert {"start": 10, "end": 15, "label": "LOC", "text": "paris"} in found["entities"]
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "epochs"), [("token-classification", "tags", 20), ("sequence-regression", "score", 10)]
+)
+def test_only_an_encoder_that_learns_classes_trains_twice_as_long_by_default(
+    recipe_of: Callable[..., Recipe], task: str, data: str, epochs: int
+) -> None:
+    recipe = recipe_of(task, data, train={"steps": None, "batch_examples": None})
+    run, _, _ = setup.prepare(recipe, Report(quiet=True), False)
+    assert (run.recipe.train.batch_examples, run.recipe.train.epochs) == (4, epochs)
 
 
 def test_the_f1_of_entities_is_that_of_sets_of_spans(folder: Path) -> None:

@@ -203,6 +203,13 @@ def test_the_best_adapter_and_an_early_stop(same: Callable[..., Run]) -> None:
     assert run.metrics["best_step"] < resumed < run.step < 60
 
 
+def test_an_early_stop_with_an_evaluation_after_each_epoch(same: Callable[..., Run]) -> None:
+    """The recipe gives epochs and a patience, and leaves the interval of evaluations to the run."""
+    train = {"epochs": 20, "patience": 1, "learning_rate": 0.3, "save_every": 2}
+    run = same(kills=lambda last: (last - 1,), evaluate=True, train=train)
+    assert run.recipe.train.eval_every == 3 and run.step % 3 == 0 and run.step < run.steps == 60
+
+
 @pytest.mark.parametrize("where", ["evaluate", "write_results"])
 def test_killed_after_the_last_step(
     whole: Callable[..., Whole], make_recipe: Make, where: str, monkeypatch: pytest.MonkeyPatch
