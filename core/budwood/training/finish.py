@@ -87,26 +87,36 @@ class RunFinalizer:
         Returns:
             A clause for the run's last message: where the adapter is, or why there is none.
         """
-        run, best = self.run, progress.best
+        run = self.run
         if run.step == 0:
             return "no adapter is kept, since none was trained"
+        try:
+            with self.hooks.part("finish"):
+                reason = self._write(progress.best, partial_step)
+            if not reason:
+                finish_manifest(run, self.report, False)
+        except Exception as error:
+            if not isinstance(error, BudwoodError) and not is_out_of_memory(error):
+                raise
+            reason = str(error)
+        if reason:
+            return f"no adapter is kept: {reason}"
+        self.report.plot(run)
+        return f"the adapter of step {run.metrics['best_step']:.0f} is kept in {run.directory / 'adapter'}"
+
+    def _write(self, best: Best, partial_step: bool) -> str:
+        """Restore and write the adapter of a run that ends early; return why there is none, or an empty string."""
+        run = self.run
         restore(run, best)
         self._report_missing_average(best)
         averaged = run.average is not None and run.average.updates > 0
         if partial_step and not (best.step or averaged):
-            return "no adapter is kept: the step updated only some parameters, and no evaluation came before it"
+            return "the step updated only some parameters, and no evaluation came before it"
         if not all(bool(torch.isfinite(p).all()) for p in run.trainable):
-            return "no adapter is kept: the trained parameters are not finite, and no evaluation came before them"
-        try:
-            logits = check_changed(run, self.start, self.probe)
-            write_results(run, self.hooks, Report(quiet=True), self.probe, logits, finished=False)
-            finish_manifest(run, self.report, False)
-        except Exception as error:
-            if not isinstance(error, BudwoodError) and not is_out_of_memory(error):
-                raise
-            return f"no adapter is kept: {error}"
-        self.report.plot(run)
-        return f"the adapter of step {run.metrics['best_step']:.0f} is kept in {run.directory / 'adapter'}"
+            return "the trained parameters are not finite, and no evaluation came before them"
+        logits = check_changed(run, self.start, self.probe)
+        write_results(run, self.hooks, Report(quiet=True), self.probe, logits, finished=False)
+        return ""
 
 
 def adapter_probe(run: Run) -> Probe | None:

@@ -273,7 +273,8 @@ def interrupted(
     run, outcome = finalizer.run, ""
     with signals.deferred():
         if signals.count < 3:  # the third signal ends the run immediately
-            saver.wait()
+            with finalizer.hooks.part("finish"):
+                saver.wait()
             if run.processes == 1 or signals.requested(run):
                 outcome = f"{finalizer.write_best(progress)}; "
     text = f"interrupted at step {run.step}; {outcome}{saver.resume_hint()}"

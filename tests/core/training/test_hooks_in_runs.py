@@ -225,6 +225,23 @@ def test_every_second_of_a_command_is_in_a_row(make_recipe, tmp_path):
     assert sys.platform != "linux" or startup["seconds"] > 0
 
 
+@pytest.mark.parametrize(
+    ("end", "train"),
+    [({"interrupt": {"step": 3}}, {}), ({"poison": {"step": 2, "example": 3}}, {"batch_examples": 24})],
+    ids=["interrupted", "diverged"],
+)
+def test_writing_the_adapter_of_a_run_that_ends_early_is_in_a_row(
+    make_recipe: Any, test_strategies: Any, end: dict[str, Any], train: dict[str, Any]
+) -> None:
+    recipe = make_recipe(strategies=["lora", end], evaluate=True, train={"eval_every": 1, **train})
+    with pytest.raises(BudwoodError, match="step 2 is kept in"):
+        tune(recipe, quiet=True)
+    rows = {
+        (row["owner"], row["hook"]): row for row in json.loads((recipe.output / "manifest.json").read_text())["hooks"]
+    }
+    assert rows["core", "finish"]["seconds"] >= rows["lora", "export"]["seconds"] > 0, "export is a part of it"
+
+
 def test_a_profile_is_shown_with_memory(make_recipe, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")  # lines are not wrapped in a narrow terminal
     tune(recipe := make_recipe(), profile=True)
