@@ -102,7 +102,7 @@ def evaluate_adapter(
     labels = list(manifest.labels) if manifest else []
     max_length = max_length or (as_run.max_length if as_run else None)
     if generate is None:
-        generate = (as_run.generate if as_run else 0) or 1000
+        generate = as_run.generate if as_run else 1000
     tokens = as_run.tokens if as_run else max(max_length or LENGTH, 2048)
     chosen = quantization or (manifest.base.quantization if manifest else stored_quantization(name) or "none")
     overrides = [f"base.quantization={chosen}", f"train.eval_generate={generate}"]

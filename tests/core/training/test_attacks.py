@@ -46,7 +46,7 @@ def test_a_repeated_attack_is_rejected() -> None:
 @pytest.fixture
 def trained(make_recipe: Callable, tmp_path: Path) -> tuple[Path, Path]:
     """An adapter that has fitted its data, and held-out data."""
-    run = tune(make_recipe(train={"steps": 30}), quiet=True)
+    run = tune(make_recipe(train={"steps": 30, "eval_generate": 16}), quiet=True)
     return run.directory / "adapter", write_rows(tmp_path / "held-out.jsonl", 16, seed=1)
 
 

@@ -138,6 +138,13 @@ def test_the_command_in_a_separate_process_with_other_threads(make_recipe: Make,
     assert json.loads(done.stdout)["adapter"] == recorded(run)
 
 
+def test_a_run_that_generated_no_answers_is_evaluated_without_any(make_recipe: Make) -> None:
+    recipe = make_recipe(evaluate=True, train={"steps": 1, "eval_generate": 0})
+    adapter = tune(recipe, quiet=True).directory / "adapter"
+    assert "eval_exact_match" not in evaluate_adapter(adapter, quiet=True).adapter
+    assert "eval_exact_match" in evaluate_adapter(adapter, generate=2, quiet=True).adapter
+
+
 def test_a_requested_different_setting_is_used_and_reported(
     make_recipe: Make, said: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
