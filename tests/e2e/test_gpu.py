@@ -19,7 +19,7 @@ from budwood.model.ops.experts import Routing, combine, dispatch, expert_linear
 from budwood.model.quantizers.experts import DenseExperts, FourBitExperts, Int8Experts
 from budwood.recipe.schema import Recipe
 from budwood.serving.verify import verify
-from budwood.training import loop, setup
+from budwood.training import loop, packing_check
 
 pytestmark = pytest.mark.gpu
 
@@ -188,7 +188,7 @@ def test_tokens_of_other_examples_do_not_change_a_bit(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check that distinguishes the rounding of a deep model from mixed packed examples."""
-    monkeypatch.setattr(setup, "ROUNDING", -1.0)
+    monkeypatch.setattr(packing_check, "ROUNDING", -1.0)
     assert budwood.tune(recipe("run", base={"quantization": "nf4"}, precision="bf16"), quiet=True).packed
 
 
