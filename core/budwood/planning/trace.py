@@ -1,7 +1,7 @@
 """Traces the operations of an optimizer step: the memory that tensors take, where its peak stands, FLOPs and traffic.
 
-The trace works on fake tensors, as in a plan, and on real ones. It sees every tensor that an operation returns, but not
-the scratch memory inside a kernel.
+The trace works on fake tensors, as in a plan, and on real ones. It sees every tensor that an operation returns, but the
+scratch memory inside a kernel only where it is known here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import gc
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -149,7 +149,7 @@ class Trace(TorchDispatchMode):
             if tensor.untyped_storage()._cdata not in self._alive:
                 place = place or self.place()
                 self._born(tensor, place, func.__name__)
-        scratch = _scratch(func, inputs, outputs) if self.on_cpu else 0
+        scratch = (_scratch if self.on_cpu else _cuda_scratch)(func, inputs, outputs)
         if scratch:
             number = self._number = self._number + 1
             place = place or self.place()
@@ -246,15 +246,19 @@ class Trace(TorchDispatchMode):
         name = str(packet).replace("aten.", "").replace("bitsandbytes.", "")
         if func.is_view or name in _FREE or not (outputs or name == "_foreach_copy_"):
             return
+        if name == "_foreach_copy_" and not _is_one_kernel(*args[:2]):
+            for pair in zip(*args[:2], strict=True):
+                self.operations.append(Operation("copy_", 0, sum(map(_bytes, pair)), pair[0].dtype, self.in_pass))
+            return
         flops = 0
         if name.startswith("torch_attn"):
             heads, size = inputs[0].shape[-2:]
             flops = (4 if "backward" not in name else 10) * int(heads) * int(size) * self.attention_pairs
         elif name in ("int8_linear_matmul", "int8_scaled_mm"):
             flops = 2 * outputs[0].numel() * inputs[0].shape[-1]
-        elif packet in flop_registry:
-            flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
-        seen = {id(tensor): tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs)}
+        elif (formula := _formula(packet)) is not None:
+            flops = int(formula(*args, **kwargs, out_val=out))
+        seen = {id(tensor): _bytes(tensor) for tensor in (*inputs, *outputs)}
         wide = max(inputs or outputs, key=lambda tensor: tensor.numel())
         self.operations.append(Operation(name, flops, sum(seen.values()), wide.dtype, self.in_pass))
 
@@ -376,6 +380,28 @@ def _scratch(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
     return sum(tensor.numel() * common.itemsize for tensor in copied.values())
 
 
+def _flash_backward(inputs: list[Tensor]) -> int:
+    """`mha_varlen_bwd` in ATen/native/transformers/cuda/flash_attn/flash_api.cpp, without deterministic algorithms.
+
+    In fp32, with 128 rows more a segment: the gradient of the queries, and a sum of each row. With grouped heads, also
+    the gradients of keys and values for each head of the queries.
+    """
+    query, key, bounds = inputs[1], inputs[2], inputs[6]
+    tokens, heads, size = query.shape
+    multiple = 32 if size <= 128 else 64
+    wide = 4 * (tokens + 128 * (len(bounds) - 1)) * heads * (-(-size // multiple) * multiple + 1)
+    return wide + (2 * len(key) * heads * size * key.element_size() if key.shape[1] != heads else 0)
+
+
+_CUDA_SCRATCH: dict[str, Callable[[list[Tensor]], int]] = {"torch_attn._varlen_attn_backward.default": _flash_backward}
+"""Bytes that operations allocate inside on CUDA, and free before they end, by their inputs."""
+
+
+def _cuda_scratch(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    found = _CUDA_SCRATCH.get(str(func))
+    return found(inputs) if found is not None else 0
+
+
 @functools.cache
 def _inside(func: Any) -> Callable[..., Any] | None:
     """Return the function that an operation without a kernel of its own consists of; None if it has a kernel."""
@@ -383,6 +409,35 @@ def _inside(func: Any) -> Callable[..., Any] | None:
         return _INSIDE[str(func)]
     own = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU") if func.namespace == "aten" else True
     return func.decompose if not own and func._can_decompose() else None
+
+
+@functools.cache
+def _formula(packet: Any) -> Callable[..., Any] | None:
+    """Return the FLOPs of an operation by its arguments; in place, it is the operation that returns a new tensor."""
+    plain = getattr(torch.ops.aten, str(packet).removeprefix("aten.").removesuffix("_"), None)
+    return flop_registry.get(packet) or flop_registry.get(plain)
+
+
+def _is_one_kernel(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> bool:
+    """Return whether one kernel copies all tensors on CUDA (`foreach_tensor_copy_list_kernel_cuda_` of ATen).
+
+    Each target is then dense and lies as its source does; otherwise, each tensor is copied by itself.
+    """
+    alike = all(a.stride() == b.stride() and _is_dense(a) for a, b in zip(targets, sources, strict=True))
+    return alike and all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in (targets, sources))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    size = 1
+    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if length != 1 and stride != size:
+            return False
+        size *= length
+    return True
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 _FREE = {

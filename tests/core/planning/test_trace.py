@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import weakref
 
+import pytest
 import torch
 from torch import nn
 
+from budwood.model.fake import fake_tensors
 from budwood.planning.trace import Trace
 
 
@@ -80,3 +82,41 @@ def test_a_trace_does_not_outlive_its_use():
     del model, trace
     gc.collect()
     assert ended() is None
+
+
+def test_products_in_place_count_as_those_that_return_a_tensor():
+    a, b, total = torch.ones(10, 20), torch.ones(20, 30), torch.zeros(10, 30)
+    with Trace() as trace:
+        total.addmm_(a, b)
+        total.view(1, 10, 30).baddbmm_(a[None], b[None])
+    assert [op.flops for op in trace.operations] == 2 * [2 * 10 * 20 * 30]
+
+
+def test_a_copy_of_several_tensors_is_one_operation_where_cuda_has_a_kernel_for_all():
+    """ATen's has one if each target is dense and lies as its source does."""
+    wide = [torch.ones(4, 6), torch.ones(5, 1)]
+    narrow = [torch.zeros_like(t, dtype=torch.bfloat16) for t in wide]
+    columns, turned = torch.zeros(4, 12)[:, :6], torch.zeros(6, 4).t()
+    with Trace(on_cpu=False) as trace:
+        torch._foreach_copy_(narrow, wide)
+        assert [op.name for op in trace.operations] == ["_foreach_copy_"]
+        for first in (columns, turned):
+            trace.operations.clear()
+            torch._foreach_copy_([first, narrow[1]], wide)
+            assert [(op.name, op.moved) for op in trace.operations] == [("copy_", 2 * 4 * 24), ("copy_", (2 + 4) * 5)]
+
+
+@pytest.mark.parametrize(("keys", "size", "expected"), [(2, 40, 495_616 + 7_744 + 64_000), (4, 136, 1_486_848 + 7_744)])
+def test_the_backward_pass_of_attention_on_cuda_allocates_inside(keys, size, expected):
+    """A gradient of the queries in fp32, whose heads are padded, a sum a row, and grouped heads' own gradients."""
+    pytest.importorskip("torch.nn.attention.varlen")
+    operation = torch.ops.torch_attn._varlen_attn_backward.default
+    with fake_tensors():
+        query, key = torch.empty(100, 4, size, dtype=torch.bfloat16), torch.empty(100, keys, size, dtype=torch.bfloat16)
+        lse, bounds = torch.empty(4, 100), torch.zeros(4, dtype=torch.int32)  # three segments
+        rest = (bounds, bounds, 50, 50, True, torch.empty(2, dtype=torch.uint64))
+        with Trace(on_cpu=False) as trace:
+            start = trace.mark()
+            kept = operation(query, query, key, key, query, lse, *rest)
+            peak = trace.peak(start)
+    assert peak.total == expected + sum(tensor.nbytes for tensor in kept)
