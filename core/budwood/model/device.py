@@ -75,8 +75,10 @@ def isolated() -> Iterator[None]:
     `inference_mode` or autocast, with another default device or dtype, or with fake tensors.
     """
     dtype = torch.get_default_dtype()
+    # Not entered in vain: torch compiles anew what was compiled with another default device.
+    cpu: Any = torch.device("cpu") if torch.get_default_device().type != "cpu" else nullcontext()
     with (
-        unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"),
+        unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad(), cpu,
         torch.autocast("cpu", enabled=False),
     ):  # fmt: skip
         torch.set_default_dtype(torch.float32)

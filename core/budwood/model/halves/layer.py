@@ -80,6 +80,7 @@ class Halves:
     def __call__(self, hidden_states: Any, *args: Any, **options: Any) -> Any:
         found = None if args else self.chain(hidden_states, options)
         if found is None:
+            self._before(None)
             return self.original(hidden_states, *args, **options)
         chain, tensors = found
         again = self.layer.gradient_checkpointing and self.layer.training
@@ -122,12 +123,16 @@ class Halves:
         factors = self.shadows.factors(self.number, groups, [[t for p in part for t in p.tensors] for part in parts])
         return Chain(self._halves(groups), factors, call, alone, self._before(x), self._onward()), tensors
 
-    def _before(self, x: Tensor) -> Ahead | None:
-        """Return the norm of the input that the layer before computed, if the input is its very output."""
+    def _before(self, x: Tensor | None) -> Ahead | None:
+        """Return the norm of the input that the layer before computed, if the input is its output; else free it."""
         arrived, self._arrived = self._arrived, None
-        if arrived is None or arrived[0]() is not x or arrived[1] != x._version:
+        if arrived is None:
             return None
-        return arrived[2]
+        output, version, ahead = arrived
+        if x is not None and output() is x and version == x._version:
+            return ahead
+        ahead.found = None  # the graph of the layer before would keep it
+        return None
 
     def _onward(self) -> Ahead | None:
         """Return the norm with which the next layer begins; None: it is not at hand, as where layers are sharded."""

@@ -43,10 +43,10 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Return `rms_norm` of contiguous x [n, d] without a graph, and the fp32 scale of each row, for the backward."""
+    """Return `rms_norm` of x [n, d] without a graph, and the fp32 scale of each row, for the backward."""
     kernel = implementation("rms_norm", x)
     if kernel is not None:
-        normed: tuple[Tensor, Tensor] = kernel.rms_norm_forward(x, weight.contiguous(), epsilon)
+        normed: tuple[Tensor, Tensor] = kernel.rms_norm_forward(x.contiguous(), weight.contiguous(), epsilon)
         return normed
     wide = x.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
@@ -72,9 +72,9 @@ def norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, re
     """Return the gradient of x [n, d] from that of the norm, plus `residual`, that which reaches x beside the norm."""
     kernel = implementation("rms_norm", x) if residual is None or residual.dtype == x.dtype else None
     if kernel is not None:
-        result: Tensor = kernel.rms_norm_backward(
-            gradient.contiguous(), x, weight.contiguous(), scale, None if residual is None else residual.contiguous()
-        )
+        beside = None if residual is None else residual.contiguous()
+        given = gradient.contiguous(), x.contiguous(), weight.contiguous(), scale, beside
+        result: Tensor = kernel.rms_norm_backward(*given)
         return result
     result = norm_gradient(gradient, x, weight, scale)
     return result if residual is None else result.add_(residual)

@@ -1,46 +1,61 @@
-"""Compiles the Triton kernels in bf16 for GPUs that need not be there, and prints a line of JSON for each."""
+"""Compiles the Triton kernels for GPUs that need not be there, and prints a line of JSON for each."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from budwood.model.ops.kernels import launch
 from budwood.model.ops.kernels import triton_code as code
 
-NARROW, WIDE = "*bf16", "*fp32"
+WIDE = "*fp32"
+TARGETS = [*itertools.product((80, 86, 89, 90), ("bf16",)), *itertools.product((80, 90), ("fp16", "fp32"))]
 ROTATE = ["tokens", "heads", "rotated", "width", "x_batch", "x_head", "x_token", "table_batch", "table_token"]
-BLOCKS = {"NESTED": True, "SHARE": 64, "NESTED_SHARE": 256, "BLOCK": 1024}
-STORED = {
-    "packed": "*u8", "absmax": "*u8", "nested_code": WIDE, "nested_absmax": WIDE, "offset": WIDE, "code": WIDE,
-    "size": "i32",
-}  # fmt: skip
-PARTS = {f"{name}_{part}": kind for name, kind in STORED.items() for part in (1, 2, 3)}
-CASES = [
-    (code.dequantize_4bit, {"packed": "*u8", "absmax": "*u8"}, BLOCKS, 4),
-    (code.rms_norm_forward, {}, {"BLOCK": 8192}, 16),
-    (code.rms_norm_of_sum, {}, {"BLOCK": 8192}, 16),
-    (code.dequantize_4bit_group, PARTS, BLOCKS, 4),
-    (code.rms_norm_backward, {}, {"ADDS": True, "BLOCK": 8192}, 16),
-    (code.gated_forward, {}, {"KIND": 0, "BLOCK": 1024}, 4),
-    (code.gated_backward, {}, {"AGAIN": True, "KIND": 0, "BLOCK": 1024}, 4),
-    (code.gated_backward, {}, {"AGAIN": True, "KIND": 1, "BLOCK": 1024}, 4),
-    (code.rotate, {}, {"BACKWARD": True, "BLOCK": 64}, 1),
-    (code.cross_entropy_forward, {}, {"BLOCK": 4096}, 8),
-    (code.cross_entropy_backward, {"gradient": WIDE}, {"BLOCK": 4096}, 8),
-]  # fmt: skip
 TYPES = {
     **dict.fromkeys(("size", "width", "stride", "classes", *ROTATE), "i32"),
     **dict.fromkeys(("nested_code", "nested_absmax", "offset", "code", "scales", "losses", "sums"), WIDE),
     "epsilon": "fp32", "labels": "*i64",
 }  # fmt: skip
+WIDTHS = (8192, 16384)
+"""Of the rows of norms."""
+BOTH = (False, True)
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """Yield kernels, types that are not those of `TYPES` or of the computation, and constants."""
+    for nested in BOTH:
+        constants = {"NESTED": nested, "SHARE": 64, "NESTED_SHARE": 256, "BLOCK": launch.BLOCK}
+        stored = {"packed": "*u8", "absmax": "*u8" if nested else WIDE}
+        yield code.dequantize_4bit, stored, constants
+        names = ("packed", "absmax", "nested_code", "nested_absmax", "offset", "code", "size")
+        parts = itertools.product(names, (1, 2, 3))
+        yield code.dequantize_4bit_group, {f"{name}_{n}": {**TYPES, **stored}[name] for name, n in parts}, constants
+    for width in WIDTHS:
+        row = launch._row(width)
+        yield code.rms_norm_forward, {}, row
+        yield code.rms_norm_forward, {"weight": WIDE, "out": WIDE}, row
+        yield code.rms_norm_of_sum, {}, row
+        for adds in BOTH:
+            yield code.rms_norm_backward, {}, {"ADDS": adds, **row}
+    for kind in launch.KINDS.values():
+        yield code.gated_forward, {}, {"KIND": kind, "BLOCK": launch.BLOCK}
+        for again in BOTH:
+            yield code.gated_backward, {}, {"AGAIN": again, "KIND": kind, "BLOCK": launch.BLOCK}
+    for backward in BOTH:
+        yield code.rotate, {}, {"BACKWARD": backward, "BLOCK": 128, "num_warps": 1}
+    yield code.cross_entropy_forward, {}, {"BLOCK": launch.CLASSES, "num_warps": 8}
+    yield code.cross_entropy_backward, {"gradient": WIDE}, {"BLOCK": launch.CLASSES, "num_warps": 8}
 
 
 def stack(binary: bytes) -> int:
@@ -52,21 +67,23 @@ def stack(binary: bytes) -> int:
     return sum(int(found) for found in re.findall(r"(?:STACK|LOCAL):(\d+)", printed))
 
 
-for target in (80, 86, 89, 90):
-    for kernel, types, constants, warps in CASES:
-        names = [name for name in kernel.arg_names if name not in constants]
-        signature = {name: types.get(name) or TYPES.get(name, NARROW) for name in names}
-        aligned = {
-            (at,): [["tt.divisibility", 16]]
-            for at, name in enumerate(kernel.arg_names)
-            if signature.get(name, "")[:1] == "*"
-        }
-        source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants, aligned)
-        options = {"num_warps": warps, "enable_fp_fusion": False}
-        made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-        name = kernel.__name__
-        print(
-            json.dumps(
-                {"target": target, "kernel": name, "stack": stack(made.asm["cubin"]), "shared": made.metadata.shared}
-            )
+for (target, number), (kernel, types, given) in itertools.product(TARGETS, cases()):
+    constants = {name: value for name, value in given.items() if name != "num_warps"}
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature = {name: types.get(name) or TYPES.get(name, f"*{number}") for name in names}
+    aligned = {
+        (at,): [["tt.divisibility", 16]]
+        for at, name in enumerate(kernel.arg_names)
+        if signature.get(name, "")[:1] == "*"
+    }
+    source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants, aligned)
+    options = {"num_warps": given.get("num_warps", 4), "enable_fp_fusion": False}
+    made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    print(
+        json.dumps(
+            {
+                "target": target, "kernel": kernel.__name__, "number": number, "constants": constants,
+                "stack": stack(made.asm["cubin"]), "shared": made.metadata.shared,
+            }
         )
+    )  # fmt: skip

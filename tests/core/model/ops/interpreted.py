@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
+from budwood.model.halves import norms
 from budwood.model.ops import kernels
 from budwood.model.ops.attention import packed_mask
 from budwood.model.ops.cross_entropy import cross_entropy
 from budwood.model.ops.gated import activate, fuse_mlps, gated
 from budwood.model.ops.kernels import launch
 from budwood.model.ops.kernels.checks import CHECKS
-from budwood.model.ops.rms_norm import norm_forward, norm_of_sum, rms_norm, save_memory_in_norms
+from budwood.model.ops.rms_norm import norm_backward, norm_forward, norm_of_sum, rms_norm, save_memory_in_norms
 from budwood.model.ops.rotary import fuse_rotations, rotary, rotate
 from budwood.model.quantizers.cpu_kernel import install
 from budwood.model.recompute import recompute_layers
@@ -94,6 +96,19 @@ def test_the_norm_of_a_sum_is_that_of_both_apart(launched, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_the_norm_of_a_slice_of_rows_is_that_of_a_copy(launched, dtype):
+    whole, weight, above = draw((5, 150), (77,), (5, 77), dtype=dtype)
+    for rows in (whole[:, :77], whole[:, 3:80]):
+        assert not rows.is_contiguous()
+        alone, slices = ((norm_forward(x, weight, 1e-5), x) for x in (rows.clone(), rows))
+        for found, expected in zip(slices[0], alone[0], strict=True):
+            assert torch.equal(found, expected)
+        gradients = [norm_backward(above, x, weight, scales, x) for (_, scales), x in (alone, slices)]
+        assert torch.equal(*gradients)
+    assert launched == ["rms_norm_forward", "rms_norm_forward", "rms_norm_backward", "rms_norm_backward"] * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kind", "shape"), [("silu", (7, 300)), ("gelu_tanh", (2, 3, 513)), ("silu", (0, 8))])
 def test_gated_products(launched, kind, shape, dtype):
     agree(lambda g, u: gated(g, u, kind), lambda g, u: activate(g, kind) * u, draw(shape, shape, dtype=dtype))
@@ -113,6 +128,22 @@ def test_rotations(launched, size, batches, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_no_tokens_to_rotate(launched, dtype):
+    query, cosine, sine = draw((2, 4, 0, 16), (1, 0, 16), (1, 0, 16), dtype=dtype)
+    wide = cosine.double(), sine.double()
+    agree(lambda x: rotary(x, x[:, :2], cosine, sine)[0], lambda x: rotate(x, *wide), [query])
+
+
+def test_heads_that_are_far_apart_in_memory_are_rotated(launched, tmp_path):
+    """Further than 32 bits can say. The file has holes, so neither disk nor memory holds what is not written."""
+    apart, dtype = 2**30, torch.float16
+    memory = torch.from_file(str(tmp_path / "memory"), shared=True, size=2 * apart + 16, dtype=dtype)
+    (near, cosine, sine) = draw((1, 3, 1, 16), (1, 1, 16), (1, 1, 16), dtype=dtype)
+    far = memory.as_strided((1, 3, 1, 16), (3 * apart, apart, 16, 1)).copy_(near)
+    assert torch.equal(launch.rotate(far, cosine, sine), launch.rotate(near, cosine, sine))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "classes"), [(3, 300), (2, 2 * launch.CLASSES + 5), (0, 7), (4, 1)])
 def test_cross_entropy(launched, rows, classes, dtype):
     (logits,) = draw((rows, classes), dtype=dtype)
@@ -121,6 +152,15 @@ def test_cross_entropy(launched, rows, classes, dtype):
         lambda x: cross_entropy(x, labels), lambda x: F.cross_entropy(x, labels, reduction="none"), [logits]
     )  # fmt: skip
     assert launched == ["cross_entropy_forward", "cross_entropy_backward"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_cross_entropy_of_rows_that_begin_with_classes_ruled_out(launched, dtype):
+    (logits,) = draw((3, 2 * launch.CLASSES + 5), dtype=dtype)
+    logits[0, : launch.CLASSES + 9] = logits[1, : 2 * launch.CLASSES] = -torch.inf
+    labels = torch.tensor([launch.CLASSES + 20, 2 * launch.CLASSES + 3, 7])
+    agree(lambda x: cross_entropy(x, labels), lambda x: F.cross_entropy(x, labels, reduction="none"), [logits])
+    assert cross_entropy(logits, torch.tensor([0, 0, 0]))[:2].tolist() == [torch.inf, torch.inf]
 
 
 @pytest.mark.parametrize(("kind", "nested", "dtype"), list(itertools.product(("nf4", "fp4"), (False, True), DTYPES)))
@@ -133,6 +173,27 @@ def test_weights_in_4_bit_are_those_of_bitsandbytes(launched, kind, nested, dtyp
         found = launch.dequantize_4bit(packed, state.absmax, state.code, state.blocksize, nests, state.shape, dtype)
         state.dtype = dtype
         assert torch.equal(found, bnb.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shapes", [[(3, 5), (7, 5), (1, 5)], [(33, 65), (1, 65), (70, 65)], [(33, 65), (71, 65)]])
+def test_weights_of_a_group_lie_below_each_other_whatever_their_sizes(launched, shapes, nested):
+    """Odd ones too, of which the last byte has one weight."""
+    install()
+    stored, expected = [], []
+    for weight in draw(*shapes):
+        packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested, blocksize=64)
+        nests = (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize) if nested else None
+        stored.append((packed, state.absmax, state.code, state.blocksize, nests, state.shape))
+        expected.append(bnb.dequantize_4bit(packed, state))
+    assert torch.equal(launch.dequantize_4bit_group(stored, torch.float32), torch.cat(expected))
+
+
+def test_no_weights_in_4_bit(launched):
+    nothing, code = torch.empty(0, dtype=torch.uint8), torch.rand(16)
+    stored = (nothing, torch.empty(0), code, 64, None, (0, 8))
+    assert launch.dequantize_4bit(*stored, torch.float32).shape == (0, 8)
+    assert launch.dequantize_4bit_group([stored, stored], torch.float32).shape == (0, 8)
 
 
 def test_a_model_computes_with_the_kernels_what_it_computes_without(launched, monkeypatch):
@@ -219,6 +280,38 @@ def test_layers_in_halves_compute_with_the_kernels_what_they_compute_without(lau
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * max(1.0, theirs.abs().max().item()))
 
 
+def test_a_norm_computed_ahead_is_freed_if_the_next_layer_has_no_use_for_it(launched, monkeypatch):
+    from benchmarks.gpu_record import Bench, stack
+
+    bench = Bench(True, Path(), 60)
+    bench.shapes = {"hidden": 64, "keys": 32, "inner": 96, "head": 32}
+    model = stack(bench)
+    (x,) = draw((1, 5, 64))
+    made: list[weakref.ref[Tensor]] = []
+
+    def recorded(*args: Any) -> Any:
+        found = norm_of_sum(*args)
+        made.append(weakref.ref(found[2]))
+        return found
+
+    monkeypatch.setattr(norms, "norm_of_sum", recorded)
+    options = {"segments": (0, 2, 5), "attention_mask": packed_mask()}
+    layers: Any = model.layers
+    for hooked, hook in (
+        (None, None),
+        (layers[1].mlp.act_fn, lambda module, args, out: None),  # the next layer takes its own forward
+        (layers[0], lambda module, args, out: 2 * out),  # or has another input
+    ):
+        made.clear()
+        handle = hooked.register_forward_hook(hook) if hooked is not None else None
+        y = model(inputs_embeds=x, **options).last_hidden_state
+        inside, ahead, *_ = (scales() is not None for scales in made)
+        assert inside and ahead == (hooked is None)
+        if handle is not None:
+            handle.remove()
+        del y
+
+
 def test_other_mlps_keep_their_forward():
     class Other(nn.Module):
         def __init__(self):
@@ -233,7 +326,7 @@ def test_other_mlps_keep_their_forward():
 
 
 def test_a_kernel_that_is_wrong_is_not_used_and_named(launched, monkeypatch):
-    kernels._passes.cache_clear()
+    kernels._checked.cache_clear()
     monkeypatch.setattr(kernels, "problems", [])
     monkeypatch.setattr(launch, "gated_forward", lambda gate, up, kind: gate)
     gate, up = draw((3, 8), (3, 8))
@@ -243,4 +336,26 @@ def test_a_kernel_that_is_wrong_is_not_used_and_named(launched, monkeypatch):
     assert line.startswith(
         "note: the Triton kernel gated is not used on cpu in torch.float32: silu: product differs by "
     )
-    kernels._passes.cache_clear()
+    kernels._checked.cache_clear()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.device("meta")])
+def test_whether_a_kernel_passes_does_not_depend_on_who_asks_first(context):
+    kernels._checked.cache_clear()
+    with context():
+        for name in CHECKS:
+            assert kernels._passes(name, torch.device("cpu"), torch.float32), kernels.problems
+
+
+def test_memory_that_runs_out_in_a_check_is_not_remembered(monkeypatch):
+    kernels._checked.cache_clear()
+    monkeypatch.setattr(kernels, "problems", [])
+
+    def runs_out(*_: Any) -> str:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    (gate,) = draw((3, 8))
+    with monkeypatch.context() as patch:
+        patch.setitem(CHECKS, "gated", runs_out)
+        assert kernels.implementation("gated", gate) is None
+    assert kernels.implementation("gated", gate) is launch and kernels.problems == []

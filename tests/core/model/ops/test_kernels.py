@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -14,6 +15,9 @@ import torch
 from budwood.model.ops import kernels
 
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA, and with the extra dev")
+import triton
+
+from budwood.model.ops.kernels import triton_code
 from budwood.model.ops.kernels.checks import CHECKS
 
 HERE = Path(__file__).parent
@@ -35,12 +39,25 @@ def test_the_kernels_compute_what_torch_does():
 
 def test_the_kernels_compile_for_gpus_without_spilling(tmp_path, forked):
     printed = run(str(HERE / "compiled.py"), TRITON_CACHE_DIR=str(tmp_path))
-    kernels = [json.loads(line) for line in printed.splitlines()]
-    assert {kernel["target"] for kernel in kernels} == {80, 86, 89, 90}
-    assert len(kernels) == 4 * 11
-    for kernel in kernels:
+    found = [json.loads(line) for line in printed.splitlines()]
+    names = {name for name, each in vars(triton_code).items() if isinstance(each, triton.JITFunction)}
+    launched = {name for name in names if not name.startswith("_")}
+    targets = [*itertools.product((80, 86, 89, 90), ("bf16",)), *itertools.product((80, 90), ("fp16", "fp32"))]
+    made = {((kernel["target"], kernel["number"]), kernel["kernel"]) for kernel in found}
+    assert made == set(itertools.product(targets, launched))
+    for kernel in found:
         assert kernel["stack"] == 0, kernel  # registers spilled to memory
         assert kernel["shared"] < 99 * 1024, kernel  # of an sm_89
+
+
+def test_the_kernels_are_prepared_for_the_device_that_tensors_have(monkeypatch):
+    """A check is remembered by device, and its problem printed before the run: cuda and cuda:1 must be one."""
+    asked = []
+    monkeypatch.setattr(kernels, "_passes", lambda name, device, dtype: asked.append((name, device)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for device in ("cuda", "cuda:1"):
+        kernels.prepare(torch.device(device), torch.float32)
+    assert asked == 2 * [(name, torch.device("cuda", 1)) for name in CHECKS]
 
 
 @pytest.mark.gpu

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from budwood.errors import describe
-from budwood.model.device import device_type
+from budwood.errors import describe, is_out_of_memory
+from budwood.model.device import device_type, isolated
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
@@ -37,6 +37,8 @@ def prepare(device: torch.device, dtype: torch.dtype) -> list[str]:
     if device.type == "cuda" and dtype in DTYPES and importlib.util.find_spec("triton") is not None:
         from budwood.model.ops.kernels.checks import CHECKS
 
+        if device.index is None:  # tensors have one, and a check is remembered under it
+            device = torch.device("cuda", torch.cuda.current_device())
         for name in CHECKS:
             _passes(name, device, dtype)
     return list(problems)
@@ -91,15 +93,27 @@ def _functions(device: torch.device) -> ModuleType:
     return launch
 
 
-@functools.cache
 def _passes(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    try:
+        return _checked(name, device, dtype)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False  # now; it is checked again
+
+
+@functools.cache
+def _checked(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     if importlib.util.find_spec("triton") is None and (device.type == "cuda" or INTERPRETED):
         return False
     try:
         from budwood.model.ops.kernels.checks import CHECKS
 
-        difference = CHECKS[name](_functions(device), device, dtype)
+        with isolated(), torch.autocast(device.type, enabled=False):
+            difference = CHECKS[name](_functions(device), device, dtype)
     except Exception as error:  # a compiler, a driver and a device may fail in any way
+        if is_out_of_memory(error):
+            raise  # which may not come again, so it is not remembered
         difference = describe(error)
     if difference:
         what = "Triton kernel" if device.type == "cuda" or INTERPRETED else "compiled op"

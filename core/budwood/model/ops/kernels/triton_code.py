@@ -178,7 +178,8 @@ def rotate(
 
     BACKWARD: the transposed rotation, that of a gradient. `out` is contiguous [batch, tokens, heads, width].
     """
-    token, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
     at = tl.arange(0, BLOCK)
     half = rotated // 2
     inside = at < half
@@ -215,7 +216,8 @@ def cross_entropy_forward(logits, labels, losses, sums, classes, BLOCK: tl.const
         at = first + tl.arange(0, BLOCK)
         block = tl.load(start + at, mask=at < classes, other=-float("inf")).to(tl.float32)
         above = tl.maximum(largest, tl.max(block, 0))
-        total = total * tl.exp(largest - above) + tl.sum(tl.exp(block - above), 0)
+        shift = tl.where(above == -float("inf"), 0.0, above)  # so far, none may be finite
+        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(block - shift), 0)
         largest = above
     logarithm = largest + tl.log(total)
     tl.store(sums + row, logarithm)
