@@ -2,7 +2,8 @@
 
 `low_rank_linear` computes one linear, and reads x for each; here the factors A of a group, such as those of query, key
 and value, are one matrix, and x is read once. Where kernels dequantise, the weights of a group are one matrix too, and
-the B are the blocks of another. The functions have no graph: their callers are autograd functions.
+one batched product takes the B of neighbours of one shape. The functions have no graph: their callers are autograd
+functions.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Part:
 
 
 Factors = list[Tensor | None]
-"""A of all parts [R, in] in the dtype of the products, and each B [out, r]; stacked, all B as blocks of one."""
+"""A of all parts [R, in] in the dtype of the products, and the B of each run, below each other [sum of out, r]."""
 
 
 @dataclass(frozen=True)
@@ -61,28 +62,30 @@ class Layout:
     """How the factors of a group lie.
 
     Attributes:
-        blocks: the B are the blocks of one matrix [sum of out, R].
-        ranks, sizes: of each part; its rank is 0 without an update.
+        runs: numbers of neighbours whose B are one matrix.
+        ranks: of each part; 0 without an update.
     """
 
     dtype: torch.dtype
-    blocks: bool
+    runs: tuple[int, ...]
     ranks: tuple[int, ...]
-    sizes: tuple[int, ...]
 
-    def shapes(self, tensors: Sequence[Tensor | None]) -> list[tuple[int, ...] | None]:
-        """Return the shapes of A and of each B, or of all; None where a tensor of the group is taken as it is.
+    def members(self, tensors: Sequence[Tensor | None]) -> list[Sequence[Tensor | None]]:
+        """Return all A, and the B of each run.
 
         Args:
             tensors: `Part.tensors` of all parts.
         """
-        a, b = tensors[0::3], tensors[1::3]
-        inputs = next(t.shape[1] for t in a if t is not None)
-        alone = len(a) == 1 and a[0].dtype == self.dtype  # type: ignore[union-attr]
-        found: list[tuple[int, ...] | None] = [None if alone else (sum(self.ranks), inputs)]
-        if self.blocks:
-            return [*found, (sum(self.sizes), sum(self.ranks))]
-        return [*found, *(None if t is None or t.dtype == self.dtype else tuple(t.shape) for t in b)]
+        return [tensors[0::3], *(tensors[1::3][run] for run in _spans(self.runs))]
+
+    def shapes(self, tensors: Sequence[Tensor | None]) -> list[tuple[int, ...] | None]:
+        """Return the shapes of A and of each run's B; None where a tensor of the group, or nothing, is taken."""
+        found: list[tuple[int, ...] | None] = []
+        for members in self.members(tensors):
+            given = [t for t in members if t is not None]
+            alone = len(members) == 1 and all(t.dtype == self.dtype for t in given)
+            found.append(None if alone or not given else (sum(len(t) for t in given), given[0].shape[1]))
+        return found
 
 
 def pack(groups: Sequence[tuple[Layout, Sequence[Tensor | None]]]) -> list[Factors]:
@@ -90,34 +93,23 @@ def pack(groups: Sequence[tuple[Layout, Sequence[Tensor | None]]]) -> list[Facto
     factors: list[Factors] = []
     wanted: list[tuple[int, int, tuple[int, ...]]] = []
     for number, (layout, tensors) in enumerate(groups):
-        parts = tensors[1::3]
-        if not any(layout.ranks):
-            factors.append([None] * (2 if layout.blocks else 1 + len(parts)))
-            continue
-        factors.append([tensors[0], *((None,) if layout.blocks else parts)])
+        factors.append([members[0] for members in layout.members(tensors)])
         wanted += [(number, i, shape) for i, shape in enumerate(layout.shapes(tensors)) if shape is not None]
     if not wanted:
         return factors
     ends = list(itertools.accumulate((-(-math.prod(shape) // ALIGNED) * ALIGNED for *_, shape in wanted), initial=0))
     like = next(t for layout, tensors in groups for t in tensors[0::3] if t is not None)
-    flat = torch.zeros(ends[-1], dtype=groups[wanted[0][0]][0].dtype, device=like.device)
-    targets, sources = [], []
+    flat = torch.empty(ends[-1], dtype=groups[wanted[0][0]][0].dtype, device=like.device)
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
     for (number, i, shape), start in zip(wanted, ends, strict=False):
         place = flat[start : start + math.prod(shape)].view(shape)
         factors[number][i] = place
         layout, tensors = groups[number]
-        if i and not layout.blocks:
-            pairs = [(place, tensors[3 * (i - 1) + 1])]
-        else:
-            rows = _spans(layout.sizes if i else layout.ranks)
-            columns = _spans(layout.ranks) if i else [slice(None)] * len(rows)
-            pairs = [
-                (place[row, column], t)
-                for row, column, t in zip(rows, columns, tensors[1 if i else 0 :: 3], strict=True)
-            ]
-        targets += [to for to, t in pairs if t is not None]
-        sources += [t for _, t in pairs if t is not None]
-    torch._foreach_copy_(targets, sources)
+        given = [t for t in layout.members(tensors)[i] if t is not None]
+        targets += place.split([len(t) for t in given])
+        sources += given
+    torch._foreach_copy_(targets, sources)  # one kernel on CUDA: each place is dense, as its source is
     return factors
 
 
@@ -140,6 +132,7 @@ class Group:
         stacked: the weights are one matrix [sum of out, in], and so are the outputs and their gradients.
         sizes: number of outputs of each linear.
         spans, rows: the columns of each linear in a thin product, and its outputs among all.
+        runs: numbers of neighbours that one batched product takes: stacked, those of one size and rank.
         tensors: the number of the group's tensors with gradients: three for each part, see `Part.tensors`.
     """
 
@@ -157,6 +150,8 @@ class Group:
         kernel = implementation("dequantize_4bit", rows, dtype) if len(updated) <= 1 else None
         self.stacked = kernel is not None and self._stacks()
         self.scale = next(iter(updated), 1.0)
+        alike = itertools.groupby(zip(self.sizes, self.ranks, strict=True))
+        self.runs = [len(list(each)) for _, each in alike] if self.stacked else [1] * len(self.bases)
         self.tensors = 3 * len(self.bases)
 
     def _stacks(self) -> bool:
@@ -168,7 +163,7 @@ class Group:
     @property
     def layout(self) -> Layout:
         """How the group's factors lie."""
-        return Layout(self.dtype, self.stacked and len(self.bases) > 1, tuple(self.ranks), tuple(self.sizes))
+        return Layout(self.dtype, tuple(self.runs), tuple(self.ranks))
 
     def weights(self) -> list[Tensor]:
         """Return each W [out, in] in the dtype of the products; stacked, one of all of them."""
@@ -197,9 +192,30 @@ class Group:
             start = torch.cat([x.new_zeros(n) if b is None else b for n, b in zip(self.sizes, biases, strict=True)])
         if made.narrow is None:
             return [x @ weight.t() if start is None else torch.addmm(start, x, weight.t())], made
-        # The thin product comes first: the other one adds to it where it writes.
-        y = _plus(start, made.narrow, factors[1].t(), self.scale)  # type: ignore[union-attr]
+        # The thin products come first: the other one adds to them where it writes.
+        y = x.new_empty(len(x), len(weight))
+        if start is not None:
+            y.copy_(start)
+        elif not all(self.ranks):
+            y.zero_()
+        for number, _, place, narrow in self._batches(y, made.narrow):
+            b: Any = factors[1 + number]
+            place.baddbmm_(narrow, b.unflatten(0, (len(place), -1)).mT, beta=float(start is not None), alpha=self.scale)
         return [y.addmm_(x, weight.t())], made
+
+    def _batches(self, wide: Tensor, thin: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+        """Yield the number of each run with updates, its linears, and its columns as [linears, n, columns of one].
+
+        Args:
+            wide: outputs or their gradients [n, sum of out].
+            thin: [n, R].
+        """
+        for number, run in enumerate(_spans(self.runs)):
+            if self.ranks[run.start]:
+                parts = ((wide, self.rows[run]), (thin, self.spans[run]))
+                columns = (matrix[:, spans[0].start : spans[-1].stop] for matrix, spans in parts)
+                first, second = (each.unflatten(1, (run.stop - run.start, -1)).transpose(0, 1) for each in columns)
+                yield number, run, first, second
 
     def thin(self, x: Tensor, factors: Sequence[Tensor | None]) -> Made:
         """Return drop(x) Aᵀ of all parts."""
@@ -240,9 +256,14 @@ class Group:
         """
         if factors[0] is None:
             return None
-        if self.stacked or len(self.bases) == 1:
+        if len(self.bases) == 1:
             return thin_product(gradients[0], factors[1], self.scale)  # type: ignore[arg-type]
         thin = _like_thin(gradients[0], sum(self.ranks))
+        if self.stacked:
+            for number, _, gradient, place in self._batches(gradients[0], thin):
+                of_run: Any = factors[1 + number]
+                place.baddbmm_(gradient, of_run.unflatten(0, (len(place), -1)), beta=0.0, alpha=self.scale)
+            return thin
         for gradient, b, span, scale in zip(gradients, factors[1:], self.spans, self.scales, strict=True):
             if b is not None:
                 thin[:, span] = thin_product(gradient, b, scale)
@@ -303,14 +324,16 @@ class Group:
     def _b_gradients(
         self, gradients: Sequence[Tensor], narrow: Tensor, wants: Sequence[bool], found: list[Tensor | None]
     ) -> None:
-        blocks = thin_product(gradients[0].t(), narrow, self.scale) if self.stacked else None
-        for i, (rows, span) in enumerate(zip(self.rows, self.spans, strict=True)):
-            if not wants[3 * i + 1]:
-                continue
-            if blocks is not None:
-                found[3 * i + 1] = blocks[rows, span]
-            else:
-                found[3 * i + 1] = thin_product(gradients[i].t(), narrow[:, span], self.scales[i])
+        if not self.stacked:
+            for i, span in enumerate(self.spans):
+                if wants[3 * i + 1]:
+                    found[3 * i + 1] = thin_product(gradients[i].t(), narrow[:, span], self.scales[i])
+            return
+        for _, run, gradient, inner in self._batches(gradients[0], narrow):
+            unused = inner.new_empty(1, 1, 1)
+            made = torch.baddbmm(unused, gradient.mT, inner, beta=0, alpha=self.scale)  # each is dense, as its B is
+            for i, one in zip(range(run.start, run.stop), made, strict=True):
+                found[3 * i + 1] = one if wants[3 * i + 1] else None
 
     def _masked(self, masks: Sequence[Tensor]) -> Iterator[tuple[slice, float, Tensor | None]]:
         """Yield the columns of each linear in a thin product, its probability and its mask."""
@@ -332,12 +355,6 @@ def _like(found: list[Tensor | None], tensors: Sequence[Tensor | None]) -> list[
         for i, target in zip(places, targets, strict=True):
             found[i] = target
     return found
-
-
-def _plus(start: Tensor | None, narrow: Tensor, b: Tensor, scale: float) -> Tensor:
-    if start is None:
-        return torch.addmm(narrow.new_empty(1, 1), narrow, b, beta=0, alpha=scale)
-    return torch.addmm(start, narrow, b, alpha=scale)
 
 
 def _like_thin(gradient: Tensor, rank: int) -> Tensor:

@@ -21,10 +21,12 @@ from budwood.model.ops import kernels
 from budwood.model.ops.attention import packed_mask
 from budwood.model.ops.cross_entropy import cross_entropy
 from budwood.model.ops.gated import activate, fuse_mlps, gated
+from budwood.model.ops.group import Group, Part, pack
 from budwood.model.ops.kernels import launch
 from budwood.model.ops.kernels.checks import CHECKS
 from budwood.model.ops.rms_norm import norm_backward, norm_forward, norm_of_sum, rms_norm, save_memory_in_norms
 from budwood.model.ops.rotary import fuse_rotations, rotary, rotate
+from budwood.model.quantizers import quantizer_of
 from budwood.model.quantizers.cpu_kernel import install
 from budwood.model.recompute import recompute_layers
 
@@ -194,6 +196,55 @@ def test_no_weights_in_4_bit(launched):
     stored = (nothing, torch.empty(0), code, 64, None, (0, 8))
     assert launch.dequantize_4bit(*stored, torch.float32).shape == (0, 8)
     assert launch.dequantize_4bit_group([stored, stored], torch.float32).shape == (0, 8)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "ranks", "runs"),
+    [((32, 16, 16), (4, 4, 4), [1, 2]), ((32, 16, 16), (4, 0, 4), [1, 1, 1]), ((48, 48), (3, 3), [2]),
+     ((16, 16, 16), (0, 0, 5), [2, 1]), ((24,), (4,), [1])],
+)  # fmt: skip
+def test_a_group_whose_weights_are_one_matrix_computes_its_formula(launched, sizes, ranks, runs, biased):
+    from benchmarks.gpu_record import Bench, four_bit
+
+    bench = Bench(True, Path(), 60)
+    bases = [four_bit(bench, 64, size) for size in sizes]
+    generator = torch.Generator().manual_seed(5)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).requires_grad_()
+
+    for base in bases[:1] * biased:
+        base.bias = nn.Parameter(leaf(base.out_features).detach(), requires_grad=False)
+    parts = [
+        Part(base, leaf(rank, 64), leaf(base.out_features, rank), 0.5) if rank else Part(base)
+        for base, rank in zip(bases, ranks, strict=True)
+    ]
+    x, above = leaf(9, 64), leaf(9, sum(sizes)).detach()
+    wide = [quantizer_of(base).dequantize(base, torch.float32).double() for base in bases]
+    expected = torch.cat(
+        [
+            x.double() @ weight.t()
+            + (0 if part.base.bias is None else part.base.bias.double())
+            + (0 if part.a is None else 0.5 * x.double() @ part.a.double().t() @ part.b.double().t())
+            for part, weight in zip(parts, wide, strict=True)
+        ],
+        1,
+    )
+    leaves = [t for part in parts for t in part.tensors[:2] if t is not None]
+    exact = [each.double() for each in torch.autograd.grad(expected, [x, *leaves], above.double())]
+    with torch.no_grad():
+        group, tensors = Group(parts, x, torch.float32), [t for part in parts for t in part.tensors]
+        assert group.stacked and group.runs == runs
+        (factors,) = pack([(group.layout, tensors)])
+        (found,), made = group.forward(x, tensors, factors)
+        thin = group.thin_gradient([above], factors)
+        grad_x = group.input_gradient([above], thin, factors, made.masks)
+        wants = [t is not None and t.requires_grad for t in tensors]
+        others = group.factor_gradients([above], thin, x, made, tensors, wants)
+    mine = [found, grad_x, *(each for each in others if each is not None)]
+    for one, true in zip(mine, [expected, *exact], strict=True):
+        torch.testing.assert_close(one.double(), true, rtol=0, atol=1e-5 * max(1.0, true.abs().max().item()))
 
 
 def test_a_model_computes_with_the_kernels_what_it_computes_without(launched, monkeypatch):
