@@ -372,3 +372,12 @@ def test_which_layers_compute_in_halves_does_not_depend_on_who_asks_first(name: 
         assert save_memory_in_norms(model) == 5
         assert fuse_mlps(model) == 2
         assert compute_in_halves(model) == 2
+
+
+def test_layers_of_another_formula_are_named_where_that_is_slower(monkeypatch):
+    model = AutoModelForCausalLM.from_config(GraniteConfig(**SIZES, residual_multiplier=0.5))
+    assert describe_others(model) == ""
+    monkeypatch.setattr(take_over, "device_type", lambda tensor: "cuda")
+    line = "2 of 2 layers take the model's own forward, which is slower: GraniteDecoderLayer is not known to compute"
+    assert describe_others(model) == f"{line} in halves"
+    assert describe_others(build(LlamaConfig)) == ""

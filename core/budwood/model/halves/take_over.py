@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from budwood.errors import is_out_of_memory
-from budwood.model.device import isolated, planned_device
+from budwood.model.device import device_type, isolated, planned_device
 from budwood.model.halves.layer import PATTERNS, Halves, Names, queries
 from budwood.model.halves.shadows import Shadows
 from budwood.model.ops.dropout import draw_quickly
@@ -60,15 +60,26 @@ def compute_in_halves(model: nn.Module) -> int:
 
 
 def describe_others(model: nn.Module) -> str:
-    """Return which of the layers that compute in halves take their own forward now, and why; "" if none does."""
+    """Return how many layers take the model's own forward now, and why; "" if that is slower for none.
+
+    Layers of a class that never computes in halves count on CUDA, where each operation costs the host time.
+    """
     from budwood.model.recompute import layers_of
 
-    forwards = [layer.__dict__.get("forward") for layer in layers_of(model)]
-    halves = [forward for forward in forwards if isinstance(forward, Halves)]
-    reasons = [reason for one in halves if (reason := one.obstacle()) is not None]
+    layers = layers_of(model)
+    reasons = [reason for layer in layers if (reason := _obstacle(layer)) is not None]
     if not reasons:
         return ""
-    return f"{len(reasons)} of {len(halves)} layers take the model's own forward, which is slower: {reasons[0]}"
+    return f"{len(reasons)} of {len(layers)} layers take the model's own forward, which is slower: {reasons[0]}"
+
+
+def _obstacle(layer: nn.Module) -> str | None:
+    own = layer.__dict__.get("forward")
+    if isinstance(own, Halves):
+        return own.obstacle()
+    first = next(layer.parameters(), None)
+    on_cuda = first is not None and device_type(first) == "cuda"
+    return f"{type(layer).__name__} is not known to compute in halves" if on_cuda else None
 
 
 def _names(layer: Any) -> Names | None:
