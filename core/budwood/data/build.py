@@ -49,6 +49,7 @@ def build_examples(
     progress: Progress | None = None,
     processes: int | None = None,
     read: Mapping[str, str] | None = None,
+    group_by: str | None = None,
 ) -> Examples:
     """Build the examples of a data file, or load them from the cache.
 
@@ -68,6 +69,7 @@ def build_examples(
         progress: is called with the number of rows encoded and of all rows.
         processes: number of processes that encode; None: one for each core if the file is large.
         read: columns that strategies read; see `columns_read`.
+        group_by: the column that `hold_out` reads, which is therefore not reported as ignored.
 
     Raises:
         InputError: as `read_rows`, the data format and the task; a label is not in the training data; all rows were
@@ -79,7 +81,9 @@ def build_examples(
     if change is not None:
         spool = Spool(Path(tempfile.gettempdir()))
         rows = read_rows(data, bad)
-        return Examples(data, *_encode(rows, encoder, task, max_length, bad, spool, "", change=change, read=read))
+        return Examples(
+            data, *_encode(rows, encoder, task, max_length, bad, spool, "", change=change, read=read, group_by=group_by)
+        )
     folder = cache.default_folder() if cache_dir is None else Path(cache_dir)
     limit = cache.size_limit()
     plugins = [(e.name, e.value, e.owner) for entries in installed(GROUP).values() for e in entries]
@@ -98,13 +102,16 @@ def build_examples(
         "date": encoder.date,
         "as_chat": as_chat,
         "read": sorted(read or ()),
+        "group_by": group_by,
     }
     key = cache.make_key(tokenizer, options)
     entry = cache.load(folder, key) if key else None
     if entry is not None:
         return Examples(data, *entry, from_cache=True)
     rows, spool = read_rows(data, bad), Spool(folder)
-    arrays, facts = _encode(rows, encoder, task, max_length, bad, spool, files, progress, processes, read=read)
+    arrays, facts = _encode(
+        rows, encoder, task, max_length, bad, spool, files, progress, processes, read=read, group_by=group_by
+    )
     if key and rows.sha256 == options["file"]:
         cache.save(folder, key, arrays, facts, limit, spool.directory)
     return Examples(data, arrays, facts)
@@ -129,10 +136,12 @@ def _encode(
     processes: int | None = None,
     change: Change | None = None,
     read: Mapping[str, str] | None = None,
+    group_by: str | None = None,
 ) -> tuple[Arrays, dict[str, Any]]:
     data_format = recognise_rows(rows, task.name)
     read = read or {}
     unused = find_unused(rows.columns, data_format, read)
+    ignored = [name for name in unused if name != group_by]
     unreadable = len(bad.rows)
     chunks = ChunkEncoder(rows, data_format, unused, task, encoder, bad.skip, change, read)
     dropped: Counter[str] = Counter()
@@ -191,7 +200,7 @@ def _encode(
         "rendered": encoder.rendered,
         "notes": [
             *rows.notes,
-            *([f"columns ignored: {', '.join(unused)}"] if unused else []),
+            *([f"columns ignored: {', '.join(ignored)}"] if ignored else []),
             *near_equal(classes),
         ],
         "sha256": rows.sha256,

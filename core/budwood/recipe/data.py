@@ -147,6 +147,7 @@ def encoding_options(recipe: Recipe) -> dict[str, Any]:
         "as_chat": data.as_chat,
         "template_options": data.template_options,
         "skip_bad_rows": data.on_bad_row == "skip",
+        "group_by": data.group_by,
     }
 
 

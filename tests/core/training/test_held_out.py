@@ -97,10 +97,12 @@ def test_a_resumed_run_holds_out_the_same_rows_even_with_another_seed(make_recip
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_a_classifier_of_weighted_sources_with_groups(make_recipe: Make, tmp_path: Path, quantization: str) -> None:
+def test_a_classifier_of_weighted_sources_with_groups(
+    make_recipe: Make, tmp_path: Path, quantization: str, said: list[str]
+) -> None:
     for name in ("a", "b"):
         rows = [
-            {"text": f"{word} things {name} {i}", "label": word, "source": f"{name}{i // 2}"}
+            {"text": f"{word} things {name} {i}", "label": word, "source": f"{name}{i // 2}", "number": i}
             for i in range(30) for word in ("games", "fonts", "x")
         ]  # fmt: skip
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -110,8 +112,8 @@ def test_a_classifier_of_weighted_sources_with_groups(make_recipe: Make, tmp_pat
             base={"task": "sequence-classification", "quantization": quantization},
             data={"train": sources, "group_by": "source", "max_length": 64}, train=TRAIN,
         ),
-        quiet=True,
     )  # fmt: skip
+    assert any(line.endswith("columns ignored: number") for line in said), said
     assert run.eval_examples is not None
     source_of = [{run.examples.rows[i]["source"] for i in e.row_numbers} for e in (run.examples, run.eval_examples)]
     assert not source_of[0] & source_of[1]
