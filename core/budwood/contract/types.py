@@ -418,7 +418,10 @@ class Run:
         )  # fmt: skip
 
     def log(self, name: str, value: float | Tensor) -> None:
-        """Log a number for the current optimizer step; a tensor is read from the device when the step ends.
+        """Log a number for the current optimizer step.
+
+        Tensors are read together with the loss once the passes of the step have ended; one that a hook logs after them
+        is read when the step ends, and the device is waited for again.
 
         Raises:
             PluginError: core or another plugin already logs under that name.

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import abc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +20,7 @@ from budwood.model.device import gpu_memory
 from budwood.model.streaming import release_memory
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 CHUNK = 256
 """Least number of label positions whose logits are in memory at the same time; on a CPU, where more gain nothing, all
@@ -55,6 +60,7 @@ class EvalTotals:
         self.pairs: list[tuple[Any, Any]] = []
         self.sizes: list[int] = []
         self._unread: list[tuple[list[str], Tensor, tuple[Tensor, Tensor] | None]] = []
+        self._unread_sizes: list[Tensor] = []
 
     @classmethod
     def of(cls, task: Any, run: Run, noise: Callable[[Batch], Tensor | None] | None = None) -> EvalTotals:
@@ -66,16 +72,19 @@ class EvalTotals:
                 if run.sharded:  # as many passes as on the other processes
                     task.outputs(run.model, batch)
                 return totals
-            if task.gathers_predictions:
-                totals.sizes = torch.bincount(batch.example_of_label, minlength=len(batch.keys)).tolist()
+            if task.gathers_predictions:  # counted without torch.bincount, which waits for the device
+                sizes = torch.zeros(len(batch.keys), dtype=torch.int64, device=batch.labels.device)
+                ones = torch.ones_like(batch.example_of_label)
+                totals._unread_sizes.append(sizes.index_add_(0, batch.example_of_label, ones))
             weights = batch.task_weights
             for chunk, logits in label_logits(task, run, batch, None if noise is None else noise(batch)):
                 totals.add(task, logits, batch.labels[chunk], weights[chunk])
-            totals.read()
             return totals
 
+        parts = list(over_eval_batches(run, gather))
+        cls._read(parts)
         total = cls()
-        for part in over_eval_batches(run, gather):
+        for part in parts:
             total.merge(part)
         parts = from_all_processes(run, total)
         total = parts[0]
@@ -92,18 +101,25 @@ class EvalTotals:
         self._unread.append((list(values), sums, pairs))
 
     def read(self) -> None:
-        """Read what was added from the device, at once: a device that is asked for each part idles in between."""
-        unread, self._unread = self._unread, []
-        if not unread:
-            return
-        read = iter(torch.cat([sums for _, sums, _ in unread]).tolist())
-        for names, _, _ in unread:
-            self.weight += next(read)
-            for name in names:
-                self.sums[name] = self.sums.get(name, 0.0) + next(read)
-        pairs = [pair for _, _, pair in unread if pair is not None]
-        if pairs:
-            self.pairs += zip(*(torch.cat(column).tolist() for column in zip(*pairs, strict=True)), strict=True)
+        """Read what was added from the device."""
+        self._read([self])
+
+    @staticmethod
+    def _read(parts: Sequence[EvalTotals]) -> None:
+        """Read what was added to several totals, at once: a device that is asked for each idles in between."""
+        sums = _values([sums for part in parts for _, sums, _ in part._unread])
+        pairs = [pair for part in parts for _, _, pair in part._unread if pair is not None]
+        columns = [_values(column) for column in zip(*pairs, strict=True)]
+        sizes = _values([sizes for part in parts for sizes in part._unread_sizes])
+        for part in parts:
+            for names, _, pair in part._unread:
+                part.weight += next(sums)
+                for name in names:
+                    part.sums[name] = part.sums.get(name, 0.0) + next(sums)
+                if pair is not None:
+                    part.pairs += zip(*(islice(column, len(pair[0])) for column in columns), strict=True)
+            part.sizes += islice(sizes, sum(map(len, part._unread_sizes)))
+            part._unread, part._unread_sizes = [], []
 
     def merge(self, other: EvalTotals) -> None:
         """Add the sums and pairs of `other`."""
@@ -117,6 +133,11 @@ class EvalTotals:
     def means(self) -> dict[str, float]:
         """Weighted mean of each value over the labels."""
         return {name: value / self.weight if self.weight else 0.0 for name, value in self.sums.items()}
+
+
+def _values(tensors: Sequence[Tensor]) -> Iterator[Any]:
+    """Iterate over the values of tensors [n], read from the device at once."""
+    return iter(torch.cat(list(tensors)).tolist() if tensors else [])
 
 
 def label_logits(task: Any, run: Run, batch: Batch, noise: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -150,8 +171,8 @@ def at_least_fp32(tensor: Tensor) -> Tensor:
 def over_eval_batches(run: Run, work: Callable[[Batch], T]) -> Iterator[T]:
     """Yield `work(batch)` for this process's batches of `run.eval_examples`, in eval mode without gradients.
 
-    If memory runs out, the batch is split and repeated, and later batches are limited to the same size. `work` may
-    therefore have no effect other than its return value.
+    A thread collates the next batch meanwhile. If memory runs out, the batch is split and repeated, and later batches
+    are limited to the same size. `work` may therefore have no effect other than its return value.
 
     Raises:
         ResourceError: a single example does not fit in memory.
@@ -163,13 +184,22 @@ def over_eval_batches(run: Run, work: Callable[[Batch], T]) -> Iterator[T]:
     others = extra_passes(run, len(rows))
     was_training = run.model.training
     run.model.eval()
+
+    def make(row: list[int]) -> Batch:
+        batch = collate_for(run, [examples[i] for i in row], "eval")
+        return batch.pinned() if run.device.type == "cuda" else batch
+
     try:
         while rows:
-            done = _attempt(run, rows[0], work)
-            if done is not None:
-                rows.pop(0)
-                yield done[0]
-                continue
+            with closing(made_ahead(make, list(rows))) as batches:
+                for made in batches:
+                    done = _attempt(run, made, work)
+                    if done is None:
+                        break
+                    rows.pop(0)
+                    yield done[0]
+            if not rows:
+                break
             release_memory()
             sizes = examples.lengths[rows[0]]
             if len(set(examples.groups[rows[0]].tolist())) == 1:
@@ -178,8 +208,8 @@ def over_eval_batches(run: Run, work: Callable[[Batch], T]) -> Iterator[T]:
             run.say(f"out of memory: from now on, evaluation batches have at most {run.eval_tokens:,} tokens")
             options = (examples.lengths, run.eval_tokens, run.packed, examples.groups)
             rows = [part for row in rows for part in split_micro(sorted(row), *options)]
-        for _ in range(others):
-            _attempt(run, whole[0], work)
+        for made in made_ahead(make, whole[:1] * others):
+            _attempt(run, made, work)
     finally:
         run.model.train(was_training)
 
@@ -192,12 +222,11 @@ def extra_passes(run: Run, count: int) -> int:
     return max(run.world.gather(count)) - count if run.sharded else 0
 
 
-def _attempt(run: Run, row: list[int], work: Callable[[Batch], T]) -> tuple[T] | None:
+def _attempt(run: Run, made: Future[Batch], work: Callable[[Batch], T]) -> tuple[T] | None:
     """Return `work` of a batch; None if memory runs out, after the error and all that it references are released."""
     try:
         with torch.no_grad(), autocast(run):
-            assert run.eval_examples is not None
-            return (work(collate_for(run, [run.eval_examples[i] for i in row], "eval").to(run.device)),)
+            return (work(made.result().to(run.device)),)
     except Exception as error:
         if not is_out_of_memory(error) or run.sharded:
             raise
@@ -229,6 +258,18 @@ def batches_of(run: Run, indices: Iterable[int]) -> Iterator[Batch]:
     examples = run.examples
     for row in split_micro(list(indices), examples.lengths, run.micro_tokens, run.packed, examples.groups):
         yield collate_for(run, [examples[i] for i in row], "eval").to(run.device)
+
+
+def made_ahead(make: Callable[[T], U], items: Iterable[T]) -> abc.Generator[Future[U], None, None]:
+    """Yield `make(item)` of each item; a thread makes the next one meanwhile."""
+    with ThreadPoolExecutor(1, thread_name_prefix="collate") as pool:
+        upcoming: Future[U] | None = None
+        for item in items:
+            ready, upcoming = upcoming, pool.submit(make, item)
+            if ready is not None:
+                yield ready
+        if upcoming is not None:
+            yield upcoming
 
 
 def collate_for(run: Run, examples: Iterable[Example], epoch: int | str) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from budwood.contract.registry import Composition
 from budwood.contract.types import UNITS, Run
 from budwood.data.examples import Examples
 from budwood.data.packing import split_micro
-from budwood.model.evaluation import collate_for
+from budwood.model.evaluation import collate_for, made_ahead
 from budwood.training.on_policy import find_generator, generate_set, sets_started
 from budwood.training.progress import Progress, planned_steps
 
@@ -65,17 +65,13 @@ def optimizer_steps(
         for step in _steps_on_policy(run, hooks, progress):
             yield step, count_units(run, hooks, step.batches)
         return
-    with ThreadPoolExecutor(1, thread_name_prefix="collate") as pool:
-        upcoming = None
-        for epoch, indices in planned_steps(run, run.step):
-            ready, upcoming = (
-                upcoming,
-                pool.submit(StepBatches.collate, run, run.examples, indices, epoch, len(indices)),
-            )
-            if ready is not None:
-                yield _counted(run, hooks, ready)
-        if upcoming is not None:
-            yield _counted(run, hooks, upcoming)
+
+    def collate(planned: tuple[int, np.ndarray]) -> StepBatches:
+        epoch, indices = planned
+        return StepBatches.collate(run, run.examples, indices, epoch, len(indices))
+
+    for collated in made_ahead(collate, planned_steps(run, run.step)):
+        yield _counted(run, hooks, collated)
 
 
 def _steps_on_policy(run: Run, hooks: Composition, progress: Progress) -> Iterator[StepBatches]:

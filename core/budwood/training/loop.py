@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import math
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from budwood.contract.registry import Composition
 from budwood.contract.types import Event, Run
@@ -51,20 +54,10 @@ def tune(
     allow_code: bool = False,
     planner: Planner | None = None,
 ) -> Run:
-    """Train a recipe and write the adapter, log and plot to its output folder.
+    """Train a recipe and write the adapter, log and plot to its output folder. `budwood.tune` says more, and plans.
 
     Args:
-        recipe: a `Recipe`, or the path of a recipe file.
-        overwrite: replace the contents of the output folder.
-        resume: resume from the newest valid checkpoint in the output folder. Without a checkpoint the run starts from
-            the beginning; a finished run is returned unchanged.
-        accept_changes: resume although the recipe, the data or library versions have changed.
-        profile: print the time and memory of every strategy's hooks at the end. On CUDA, measuring itself takes time.
-        quiet: print nothing.
-        before: seconds that the process ran before, which the times of the run include as `startup`.
-        allow_code: run Python files that the recipe names, such as rewards.
-        planner: estimates memory and time before the base is loaded, and refuses what cannot fit; see
-            `budwood.planning.admission`.
+        planner: see `budwood.planning.admission`.
 
     Returns:
         The finished run; `run.metrics` holds the last evaluation, `run.directory` is the output folder.
@@ -175,7 +168,7 @@ def take_steps(
     if run.step and not between_steps(run, hooks, report, progress, saver, signals):
         return
     for step, counts in optimizer_steps(run, hooks, progress):
-        metrics = {name: float(value) for name, value in train_step(run, hooks, engine, progress, step, counts).items()}
+        metrics = train_step(run, hooks, engine, progress, step, counts)
         run.metrics |= {**metrics, "skipped": run.metrics.get("skipped", 0.0) + metrics["skipped"]}
         report.step(run.step, int(counts["token"]), metrics)
         hooks.notify(Event("step", run.step, metrics), report.say)
@@ -186,9 +179,10 @@ def take_steps(
 def train_step(
     run: Run, hooks: Composition, engine: Engine, progress: Progress, step: StepBatches, counts: dict[str, float]
 ) -> dict[str, Any]:
-    """Take one optimizer step, and return its metrics as numbers or scalar tensors.
+    """Take one optimizer step, and return its metrics.
 
-    `budwood plan` calls this function on fake tensors, whose values cannot be read; there every step is finite.
+    They are read before the optimizer, which a loss or gradient that is not finite must not reach. `budwood plan` calls
+    this function on fake tensors, whose values cannot be read; there every step is finite.
     """
     recipe, scaler = run.recipe.train, progress.scaler
     run.counts = counts
@@ -198,11 +192,15 @@ def train_step(
     scaler.unscale_(run.optimizer)
     values = engine.finish_step()
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.trainable if p.grad is not None])
-    finite = run.planning or bool(torch.isfinite(norm) & torch.isfinite(values["loss"]))
+    read: Callable[[Mapping[str, Any]], dict[str, Any]] = dict if run.planning else read_together
+    known = {"gradient_norm": norm, "learning_rate": run.optimizer.param_groups[0]["lr"], "skipped": 0.0}
+    metrics = read({**values, **known, **run.logged})
+    run.logged.clear()
+    finite = run.planning or math.isfinite(metrics["gradient_norm"]) and math.isfinite(metrics["loss"])
+    metrics["skipped"] = float(not finite)
     progress.skipped = 0 if finite else progress.skipped + 1
     if not finite:
         check_skip(run, engine, hooks, batches, values, norm, progress.skipped, scaler.is_enabled())
-    learning_rate = run.optimizer.param_groups[0]["lr"]
     if finite:
         hooks.call("before_clip", run=run)
         if recipe.clip:
@@ -221,9 +219,20 @@ def train_step(
     scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     run.step, progress.examples = run.step + 1, progress.examples + step.drawn
-    metrics = {**values, "gradient_norm": norm, "learning_rate": learning_rate, "skipped": not finite, **run.logged}
+    metrics |= read(run.logged)  # by hooks after the passes
     run.logged.clear()
     return metrics
+
+
+def read_together(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return numbers and scalar tensors as floats; a device is read once, since each read waits for all its work."""
+    found = {name: math.nan if isinstance(value, Tensor) else float(value) for name, value in values.items()}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    for device in {value.device for value in tensors.values()}:
+        names = [name for name, value in tensors.items() if value.device == device]
+        stacked = torch.stack([tensors[name].detach().double().reshape(()) for name in names])
+        found |= zip(names, stacked.tolist(), strict=True)
+    return found
 
 
 def between_steps(

@@ -110,11 +110,11 @@ def test_if_an_evaluation_of_the_run_ran_out_of_memory(
     """The evaluation is repeated with smaller batches, whose size is recorded."""
     attempt, tried = evaluation._attempt, []
 
-    def scarce(run: Run, row: list[int], work: Any) -> Any:
+    def scarce(run: Run, made: Any, work: Any) -> Any:
         tried.append(run.step)
-        if run.step == 8 and tried.count(run.step) > 1 and run.eval_tokens == 128 and len(row) > 1:
+        if run.step == 8 and tried.count(run.step) > 1 and run.eval_tokens == 128 and len(made.result().keys) > 1:
             return None
-        return attempt(run, row, work)
+        return attempt(run, made, work)
 
     rows = str(write_rows(tmp_path / "many.jsonl", 40, seed=2))
     recipe = make_recipe(evaluate=True, train=EVAL | {"steps": 8, "micro_tokens": 128}, data={"eval": rows})
