@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )  # fmt: skip
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from budwood.adapters.peft_layers import select_adapters
 from budwood.model.halves import take_over
@@ -323,6 +325,25 @@ def test_what_reaches_into_a_layer_gets_its_own_forward(taken, monkeypatch, chan
     assert describe_others(model) == ""
     agree(step(model, 1), plain)
     assert taken == [2, 0, 2, 2]
+
+
+def test_a_class_that_recomputes_around_its_forward_keeps_it(taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As older versions of transformers do: halves inside would compute such a layer three times."""
+
+    def around(self: Any, *args: Any, **options: Any) -> Any:
+        own = partial(nn.Module.__call__, self, **options)
+        recomputes = self.gradient_checkpointing and self.training
+        return self._gradient_checkpointing_func(own, *args) if recomputes else own(*args)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", LlamaDecoderLayer.forward.__wrapped__)
+    monkeypatch.setattr(LlamaDecoderLayer, "__call__", around)
+    model = build(LlamaConfig)
+    expected = step(model, 1)
+    assert taken == [2, 2] and describe_others(model) == ""
+    recompute_layers(model, 1)
+    agree(step(model, 1), expected)
+    assert taken[2:] == [0, 2, 0]
+    assert "1 of 2 layers take the model's own forward" in describe_others(model)
 
 
 def test_passes_without_gradients_and_with_caches_take_the_own_forward(taken):

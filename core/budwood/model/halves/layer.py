@@ -156,6 +156,8 @@ class Halves:
     def reason(self) -> str | None:
         """Return why the model's own forward computes, or None; adapters are asked later."""
         layer: Any = self.layer
+        if layer.gradient_checkpointing and type(layer).__call__ is not nn.Module.__call__:  # older transformers
+            return "its class recomputes it as a whole, and the halves would do so again"
         if "forward" in layer.self_attn.__dict__:
             return "something replaces the forward of its attention"
         for module in self._watched():
