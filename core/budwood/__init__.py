@@ -97,7 +97,7 @@ _EXPORTS = {
     **dict.fromkeys(("LiveAdapter", "LiveUpdate"), "budwood.adapters.live_update"),
     "load_recipe": "budwood.recipe.schema",
     "plan": "budwood.planning.composition",
-    "tune": "budwood.training.loop",
+    "tune": "budwood.planning.run",
     **dict.fromkeys(("check_adapter_tensors", "copy_adapter_tensors"), "budwood.adapters.match"),
     "read_adapter": "budwood.adapters.store",
     **dict.fromkeys(("check_base", "fingerprint", "load_base", "load_tokenizer", "skeleton"), "budwood.model.base"),

@@ -35,6 +35,7 @@ from budwood.cli.doctor.command import doctor
 from budwood.cli.streams import echo, one_line
 from budwood.contract.calls import noted
 from budwood.errors import BUG, BudwoodError, Interrupted, is_out_of_memory
+from budwood.model.allocator import use_expandable_segments
 from budwood.model.quiet import silence_libraries
 from budwood.parallel.processes import Processes
 from budwood.parallel.refusals import refuse_command
@@ -109,8 +110,7 @@ def run(arguments: list[str]) -> int:
     silence_libraries(debug)
     # Waiting threads spin for microseconds, then sleep; by default they spin longer, at the cost of other processes.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # micro-batches of ever other sizes leave fewer holes
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    use_expandable_segments()
     signal.signal(signal.SIGTERM, _terminate)
     _open_streams()
     for stream in (sys.stdout, sys.stderr):

@@ -87,8 +87,7 @@ def _tune(
     overwrite, resume = after_restart(loaded.output, overwrite, resume)
     preflight(loaded, overwrite, resume)  # before torch is imported, which takes seconds
     with uncollected():
-        from budwood.planning.admission import admit
-        from budwood.training.loop import tune as run_recipe
+        from budwood.planning.run import tune as run_recipe
         from budwood.training.report import process_age
 
     if fits is not None:
@@ -98,7 +97,7 @@ def _tune(
         loaded = fit_run(loaded, fits, allowed(allow), lambda line: echo(line, err=True))
     return run_recipe(
         loaded, overwrite=overwrite, resume=resume, accept_changes=accept_changes, profile=profile,
-        before=process_age(), planner=admit,
+        before=process_age(),
     )  # fmt: skip
 
 

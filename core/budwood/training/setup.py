@@ -25,6 +25,7 @@ from budwood.contract.strategy import RUN_ADAPTER, Strategy, hookimpl
 from budwood.contract.types import BestMetric, Plan, Run
 from budwood.data.bad_rows import skipped_lines
 from budwood.errors import InputError, ResourceError, plural
+from budwood.model.allocator import use_expandable_segments
 from budwood.model.base import (
     Base,
     check_base,
@@ -152,6 +153,8 @@ def _prepare(
     task, given = recipe_task(recipe), recipe
     directory = Path(recipe.output)
     device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
+    if device.type == "cuda":
+        use_expandable_segments()
     recompute.check_device(recipe, device.type)
     compiled = compile_ops(recipe, device, dtype)
     check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code, device)

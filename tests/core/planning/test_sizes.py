@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import budwood
 from budwood.contract.discovery import PluginError
 from budwood.planning import admission, process, sizes
 from budwood.planning.devices import GIB, Device
@@ -121,6 +122,18 @@ def test_the_size_is_recorded_and_resume_keeps_it(
     resumed = run("one", 512, resume=True, quiet=True)
     assert (resumed.micro_tokens, resumed.recipe.train.gradient_checkpointing) == (96, 1)
     assert (one.directory / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+
+
+def test_a_run_from_python_is_planned_as_that_of_the_command(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "MARGIN", 10**9)
+    monkeypatch.setattr(process, "estimate_in_process", lambda *a, **k: estimate_of(96))
+    recipe = make_recipe(train={"micro_tokens": None, "gradient_checkpointing": "auto", "steps": 1})
+    run = budwood.tune(recipe, quiet=True)
+    assert (run.micro_tokens, run.recipe.train.gradient_checkpointing) == (96, 1) and run.planned
+    plain = budwood.tune(recipe, quiet=True, overwrite=True, planner=None)
+    assert (plain.micro_tokens, plain.recipe.train.gradient_checkpointing) == (2048, True) and not plain.planned
 
 
 def test_what_cannot_be_planned_runs_with_the_usual_size(
