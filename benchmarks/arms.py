@@ -11,6 +11,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+from unittest import mock
 
 from benchmarks import workload as w
 from benchmarks.workload import Workload
@@ -29,10 +30,12 @@ class Pace:
     started: float = 0.0
     started_processor: float = 0.0
     losses: list[float] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What the arm chose by itself."""
 
     def ready(self) -> None:
         """Report that the arm is ready for its first step; return when its first turn starts."""
-        self.connection.send({"peak": _peak_bytes()})
+        self.connection.send({"peak": _peak_bytes(), "notes": self.notes})
         self._wait()
 
     def stepped(self, loss: float) -> None:
@@ -102,8 +105,8 @@ def budwood(workload: Workload, steps: int, pace: Pace, **options: Any) -> None:
         "strategies": [{"lora": {"rank": w.RANK, "alpha": w.ALPHA, "targets": "all-linear"}}, "pace"],
         "train": {
             "steps": steps,
-            "batch_examples": w.EXAMPLES_PER_STEP,
-            "micro_tokens": 8192 if workload.size.whole_steps else 2048,
+            "batch_examples": workload.examples,
+            "micro_tokens": WHOLE if workload.size.whole_steps else 2048,
             "learning_rate": w.LEARNING_RATE,
             "schedule": "constant",
             "warmup": 0,
@@ -115,7 +118,16 @@ def budwood(workload: Workload, steps: int, pace: Pace, **options: Any) -> None:
         },
         "output": str(folder / "run"),
     }
-    budwood.tune(Recipe.from_dict(recipe))
+    budwood.tune(Recipe.from_dict(recipe), planner=plan_for_card if "auto" in options.values() else None)
+
+
+def plan_for_card(run: Run, skeleton: Any) -> None:
+    """Plan a run as on a card of `CARD` bytes, if the GPU has more."""
+    from budwood.planning import admission
+
+    free = min(admission.available(run), CARD)
+    with mock.patch.object(admission, "available", return_value=free):
+        admission.admit(run, skeleton)
 
 
 class PaceStrategy(Strategy):
@@ -128,6 +140,7 @@ class PaceStrategy(Strategy):
         """Refuse to measure padded rows."""
         if not run.packed:
             raise SystemExit("the rows are not packed: see the output of the run")
+        self.pace.notes = {"gradient_checkpointing": run.recipe.train.gradient_checkpointing}
         return model
 
     @hookimpl
@@ -167,19 +180,20 @@ def trainer(rows: int) -> Callable[[Workload, int, Pace], None]:
     return run
 
 
-def sft(packed: bool) -> Callable[[Workload, int, Pace], None]:
-    """TRL's SFTTrainer, with its defaults or with packed rows.
+def sft(packed: bool, load: Callable[[Workload], Any] | None = None) -> Callable[[Workload, int, Pace], None]:
+    """TRL's SFTTrainer, with its defaults or with packed rows, on a PEFT model or on what `load` returns.
 
     With packing, an optimizer step is four rows of at most 1024 tokens with the examples of that step only, so that the
     losses of the arms agree; TRL's packing would distribute them over steps.
     """
 
     def run(workload: Workload, steps: int, pace: Pace) -> None:
+        model = (load or _peft_model)(workload)  # first: Unsloth changes TRL when it is imported
         from trl import SFTConfig, SFTTrainer
 
         packed_rows = PACKED_ROWS if workload.size.whole_steps else 1
         rows = packed_rows if packed else 8
-        micro_steps = (PACKED_ROWS if packed else w.EXAMPLES_PER_STEP) // rows
+        micro_steps = (PACKED_ROWS if packed else workload.examples) // rows
         config = SFTConfig(
             **_arguments(workload, steps, rows) | {"gradient_accumulation_steps": micro_steps},
             max_length=None,
@@ -187,7 +201,7 @@ def sft(packed: bool) -> Callable[[Workload, int, Pace], None]:
             dataset_kwargs={"skip_prepare_dataset": True},
         )
         SFTTrainer(
-            model=_peft_model(workload),
+            model=model,
             args=config,
             train_dataset=_packed_dataset(workload) if packed else _dataset(workload),
             processing_class=_tokenizer(workload),
@@ -197,11 +211,30 @@ def sft(packed: bool) -> Callable[[Workload, int, Pace], None]:
     return run
 
 
+def _unsloth_model(workload: Workload) -> Any:
+    """Unsloth's own model with its adapter, which recomputes layers in Unsloth's way."""
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        str(workload.base), max_seq_length=WHOLE, load_in_4bit=workload.size.quantization != "none"
+    )
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return FastLanguageModel.get_peft_model(
+        model, r=w.RANK, lora_alpha=w.ALPHA, lora_dropout=0, bias="none", target_modules=names, random_state=w.SEED,
+        use_gradient_checkpointing="unsloth" if workload.size.gradient_checkpointing else False,
+    )  # fmt: skip
+
+
 PACKED_ROWS = 4
+WHOLE = 16_384
+"""Tokens of a micro-batch at most, where it is a whole optimizer step."""
+CARD = 80 << 30
+"""Bytes of the card for which a plan chooses the layers that recompute."""
 
 ARMS: dict[str, Callable[[Workload, int, Pace], None]] = {
     "budwood": budwood,
     "budwood-compile": partial(budwood, compile=True),
+    "budwood-auto": partial(budwood, gradient_checkpointing="auto"),
     "trainer-1": trainer(1),
     "trainer-2": trainer(2),
     "trainer-4": trainer(4),
@@ -209,6 +242,7 @@ ARMS: dict[str, Callable[[Workload, int, Pace], None]] = {
     "trainer-16": trainer(16),
     "trl": sft(packed=False),
     "trl-packed": sft(packed=True),
+    "unsloth": sft(packed=True, load=_unsloth_model),
 }
 
 
@@ -219,7 +253,7 @@ def _arguments(workload: Workload, steps: int, rows: int) -> dict[str, Any]:
     return {
         "output_dir": str(workload.folder / "peers"),
         "per_device_train_batch_size": rows,
-        "gradient_accumulation_steps": w.EXAMPLES_PER_STEP // rows,
+        "gradient_accumulation_steps": workload.examples // rows,
         "max_steps": steps,
         "learning_rate": w.LEARNING_RATE,
         "lr_scheduler_type": "constant",
@@ -290,8 +324,8 @@ def _packed_dataset(workload: Workload) -> Any:
     from datasets import Dataset
 
     examples, rows = workload.tokens(), []
-    for start in range(0, len(examples), w.EXAMPLES_PER_STEP):
-        step = sorted(examples[start : start + w.EXAMPLES_PER_STEP], key=lambda example: -len(example[0]))
+    for start in range(0, len(examples), workload.examples):
+        step = sorted(examples[start : start + workload.examples], key=lambda example: -len(example[0]))
         bins: list[list[tuple[list[int], int]]] = [[] for _ in range(PACKED_ROWS)]
         for example in step:  # the longest first, into the emptiest row
             min(bins, key=lambda row: sum(len(ids) for ids, _ in row)).append(example)

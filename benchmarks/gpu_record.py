@@ -4,7 +4,8 @@ Each stage writes its JSON into the output folder as soon as it ends, so nothing
 stage that fails, or whose time has come, is noted, and the next one begins. Stages, in this order: the matrix rate, the
 bandwidth and the cost of a launch; each Triton kernel, compared with torch in bf16 and timed beside it; products of the
 shapes of an 8B base, alone and added to a tensor; thin products of adapters; the head; four layers of 8B in NF4, in
-halves and module by module; `benchmarks.train` at 1B and 8B, each arm alone on the device.
+halves and module by module; `benchmarks.train` at 1B and 8B, each arm alone on the device, at 8B with 8k tokens a step,
+and what the arms reach beside the targets.
 
 `--dry` runs every stage on a CPU with tiny shapes, and prints the commands of the last one instead of running them.
 """
@@ -14,9 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -29,6 +32,9 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+
+from budwood.model.streaming import release_memory
 
 SHAPES = {"hidden": 4096, "inner": 14336, "keys": 1024, "vocabulary": 128256}
 TINY = {"hidden": 128, "inner": 192, "keys": 64, "vocabulary": 512}
@@ -38,7 +44,15 @@ SEGMENT = 310
 LAYERS = 4
 RANK = 8
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl")
-ARMS = {"1b": ("budwood", "trl-packed", "trainer-16"), "8b": ("budwood", "trl-packed", "trainer-16")}
+ARMS = {"1b": ("budwood", "trl-packed", "trainer-16"), "8b": ("budwood", "budwood-auto", "trl-packed", "unsloth")}
+EXAMPLES = {"1b": 16, "8b": 44}
+"""Of an optimizer step, which is one micro-batch: at 8B of some 8,192 tokens, which take the Trainer minutes."""
+TARGETS = (
+    ("8b", "budwood", "tokens_per_second", 12_500), ("8b", "budwood-auto", "tokens_per_second", 16_000),
+    ("8b", "budwood", "times trl-packed", 2.0), ("8b", "budwood", "peak_bytes", 11e9),
+    ("1b", "budwood", "times trl-packed", 3.0),
+)  # fmt: skip
+"""What an arm shall reach at least; of bytes, at most."""
 
 
 class Bench:
@@ -239,15 +253,22 @@ def layers(bench: Bench) -> dict[str, Any]:
                         bench.wait()
                 events = profiled.key_averages()
                 device = "self_cpu_time_total" if bench.dry else "self_device_time_total"
-                top = sorted(events, key=lambda event: getattr(event, device), reverse=True)[:15]
+                kernels = on_device(events, "cpu" if bench.dry else "cuda")
+                top = sorted(kernels, key=lambda event: getattr(event, device), reverse=True)[:15]
                 found[f"{tokens} tokens, {'recomputed' if recomputes else 'kept'}, {name}"] = {
                     "seconds": statistics.median(times),
-                    "seconds of kernels": sum(getattr(event, device) for event in events) / 1e6,
+                    "seconds of kernels": sum(getattr(event, device) for event in kernels) / 1e6,
                     "launches": sum(event.count for event in events if "LaunchKernel" in event.key),
                     "peak bytes": 0 if bench.dry else torch.cuda.max_memory_allocated(),
                     "longest": [[e.key[:60], e.count, round(getattr(e, device) / 1e3, 3)] for e in top],
                 }
     return found
+
+
+def on_device(events: Any, kind: str) -> list[Any]:
+    """Return the events of a device; the operations that launched its kernels carry the same time again."""
+    types = {"cpu": DeviceType.CPU, "cuda": DeviceType.CUDA}
+    return [event for event in events if event.device_type == types[kind] and not event.is_user_annotation]
 
 
 def four_bit(bench: Bench, inputs: int, outputs: int) -> Any:
@@ -326,24 +347,73 @@ def step_of(bench: Bench, model: Any, tokens: int) -> Callable[[], None]:
 def train(bench: Bench) -> dict[str, Any]:
     """`benchmarks.train` at 1B and 8B, one arm at a time: 3 steps to warm up, 3 rounds of 5 steps."""
     found: dict[str, Any] = {}
-    for size, name in [(base, arm) for base in ARMS for arm in ARMS[base]]:
-        to = bench.out / f"train-{size}-{name}.json"
-        words = ["--size", size, "--arms", name, "--warmup", "3", "--rounds", "3", "--steps", "5", "--out", str(to)]
-        command = [sys.executable, "-m", "benchmarks.train", *words]
-        if bench.dry:
-            found[f"{size}, {name}"] = {"command": command}
-            continue
-        if bench.left < 30:
-            found[f"{size}, {name}"] = {"late": True}
-            continue
+    for size, names in ARMS.items():
+        with tempfile.TemporaryDirectory(prefix="budwood-bench-") as folder:  # arms share its base
+            for name in names:
+                found[f"{size}, {name}"] = _arm(bench, size, name, Path(folder))
+    return {**found, "compared": compared(found)}
+
+
+def _arm(bench: Bench, size: str, name: str, folder: Path) -> dict[str, Any]:
+    """Return what `benchmarks.train` measures of an arm, or why it does not."""
+    to = bench.out / f"train-{size}-{name}.json"
+    words = ["--size", size, "--arms", name, "--warmup", "3", "--rounds", "3", "--steps", "5", "--out", str(to)]
+    words += ["--examples", str(EXAMPLES[size]), "--base", str(folder / "base")]
+    command = [sys.executable, "-m", "benchmarks.train", *words]
+    if bench.dry:
+        return {"command": command}
+    if name == "unsloth" and not _has(name):
+        return {"skipped": "unsloth is not installed"}
+    if bench.left < 30:
+        return {"late": True}
+    code, errors = finish(command, bench.left, folder)
+    if code is None:
+        return {"late": True}
+    result: dict[str, Any] = json.loads(to.read_text()) if code == 0 else {"failed": errors[-1500:]}
+    return result
+
+
+def finish(command: list[str], seconds: float, folder: Path) -> tuple[int | None, str]:
+    """Run a command for at most so many seconds, then end it with the processes that it started.
+
+    Args:
+        folder: of its temporary files, which it leaves if it is ended.
+
+    Returns:
+        The exit code, None if the time has come, and what it wrote to stderr.
+    """
+    options: Any = {"start_new_session": True, "env": {**os.environ, "TMPDIR": str(folder)}, "text": True}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options) as process:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=bench.left, check=False)
-            found[f"{size}, {name}"] = (
-                json.loads(to.read_text()) if done.returncode == 0 else {"failed": done.stderr[-1500:]}
-            )
-        except subprocess.TimeoutExpired:
-            found[f"{size}, {name}"] = {"late": True}
-    return found
+            errors = process.communicate(timeout=seconds)[1]
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return None, ""
+    return process.returncode, errors
+
+
+def compared(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what Budwood's arms reach, also in times the tokens a second of each peer, beside the targets."""
+    rows: list[dict[str, Any]] = []
+    targets = {(size, name, what): bound for size, name, what, bound in TARGETS}
+    for size, names in ARMS.items():
+        arms = {name: found[f"{size}, {name}"].get("arms", {}).get(name) for name in names}
+        for name in (name for name in names if name.startswith("budwood")):
+            values = {what: None for s, n, what in targets if (s, n) == (size, name)}
+            if (own := arms[name]) is not None:
+                values |= {what: own[what] for what in ("tokens_per_second", "share_of_matmul_rate", "peak_bytes")}
+                rate = own["tokens_per_second"]
+                others = {peer: arm for peer, arm in arms.items() if arm is not None and not peer.startswith("budwood")}
+                values |= {f"times {peer}": rate / arm["tokens_per_second"] for peer, arm in others.items()}
+            for what, value in values.items():
+                row = {"size": size, "arm": name, "what": what, "found": value}
+                if (bound := targets.get((size, name, what))) is not None:
+                    reached = None if value is None else value <= bound if what == "peak_bytes" else value >= bound
+                    row |= {"target": bound, "met": reached}
+                rows.append(row)
+    return rows
 
 
 STAGES = {f.__name__: f for f in (peak, kernels, products, thin, head, layers, train)}
@@ -392,6 +462,7 @@ def record(bench: Bench, names: list[str]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name in names:
         started = time.monotonic()
+        release_memory()  # of the stage before, which the arms of another process would lack
         try:
             found = STAGES[name](bench) if bench.left > 0 else {"late": True}
         except Exception:  # a device, a driver, a library: the next stage may work

@@ -7,7 +7,8 @@ over the rounds of Budwood's rate divided by the peer's; the peak memory of each
 the largest difference of a step's loss from Budwood's.
 
 On a machine with a GPU all arms train there, and memory is the peak of its allocator. `--size 1b` and `8b` need one:
-bases in NF4, 8b with gradient checkpointing. All arms are then in memory at the same time, up to 140 GB.
+bases in NF4, 8b with gradient checkpointing. All arms are then in memory at the same time, up to 140 GB. There,
+`budwood-auto` lets the plan choose the layers that recompute, as on a card of 80 GB, and `unsloth` needs that package.
 
 `--precision fp32` measures what machines without fast bf16 compute; ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 in
 the environment makes this machine one of them. `--arms budwood budwood-compile …` adds Budwood with `train.compile`.
@@ -16,6 +17,7 @@ the environment makes this machine one of them. `--arms budwood budwood-compile 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -56,10 +58,11 @@ class Arm:
         self.processor: list[float] = []
         self.losses: list[float] = []
         self.peak = self.loaded = 0
+        self.notes: dict[str, Any] = {}
 
     def wait(self) -> None:
         """Wait until the arm is ready for its first step."""
-        self._receive()
+        self.notes = self._receive()["notes"]
         self.loaded = self.peak
 
     def run(self, steps: int) -> float:
@@ -73,8 +76,9 @@ class Arm:
 
     def stop(self) -> None:
         """End the process."""
-        if self.process.is_alive():
-            self.connection.send(0)
+        with contextlib.suppress(BrokenPipeError):  # it is ending by itself, and its own error is to be seen
+            if self.process.is_alive():
+                self.connection.send(0)
         self.process.join()
 
     def _receive(self) -> dict[str, Any]:
@@ -116,10 +120,12 @@ def measure(
     folder: Path,
     size: str,
     precision: str = "bf16",
+    examples: int | None = None,
+    kept: Path | None = None,
 ) -> dict[str, Any]:
-    """Run all arms; return the measurements."""
+    """Run all arms; return the measurements. See `workload.build`."""
     total = warmup + rounds * steps
-    workload = w.build(folder, total, w.SIZES[size], precision)
+    workload = w.build(folder, total, w.SIZES[size], precision, examples, kept)
     tokens, flops = workload.step_sizes()
     arms = []
     rates: list[float] = []
@@ -155,6 +161,7 @@ def measure(
             "peak_bytes_before_training": arm.loaded,
             "share_of_matmul_rate": statistics.median((work_done / seconds / np.array(rates)).tolist()),
             "losses": [round(loss, 5) for loss in arm.losses],
+            **arm.notes,
         }
     compare(results)
     return {
@@ -163,7 +170,8 @@ def measure(
         "rounds": rounds,
         "steps_per_round": steps,
         "warmup_steps": warmup,
-        "examples_per_step": w.EXAMPLES_PER_STEP,
+        "examples_per_step": workload.examples,
+        "tokens_per_step": round(float(tokens[warmup:].mean()), 1),
         "mean_length": round(float(workload.lengths().mean()), 1),
         "threads": threads,
         "size": size,
@@ -174,9 +182,16 @@ def measure(
 
 def together(names: list[str]) -> list[list[str]]:
     """Return the groups of arms measured together: Budwood with the Trainer's, and with TRL's."""
-    peers = [[n for n in names if n.startswith(kind)] for kind in ("trainer", "trl")]
+    peers = [[n for n in names if n.startswith(kind)] for kind in ("trainer", "trl", "unsloth")]
     ours = [name for name in names if name.startswith(OURS)]
     return [[*ours, *group] for group in peers if group] or [ours]
+
+
+def rows_at_once(name: str) -> int:
+    """Return how many padded rows an arm takes at once, which divide an optimizer step; 1: it packs them."""
+    if name == "trl":
+        return 8
+    return int(name.removeprefix("trainer-")) if name.startswith("trainer-") else 1
 
 
 def compare(results: dict[str, Any]) -> None:
@@ -271,22 +286,31 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps per turn (default 2)")
     parser.add_argument("--warmup", type=int, default=1, help="optimizer steps before the first round (default 1)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads per arm (default: all cores)")
+    parser.add_argument(
+        "--examples", type=int, default=w.EXAMPLES_PER_STEP, help="examples of an optimizer step (default %(default)s)"
+    )
+    parser.add_argument("--base", type=Path, help="folder that keeps the base for another call; made if it is missing")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     return parser
 
 
 def main() -> None:
     """Run the benchmark, print and write the results."""
-    chosen = make_parser().parse_args()
+    parser = make_parser()
+    chosen = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     result: dict[str, Any] = {}
     whole_steps = w.SIZES[chosen.size].whole_steps
     arms = chosen.arms or DEFAULT[whole_steps]
+    for name in arms:
+        if chosen.examples < 1 or chosen.examples % rows_at_once(name):
+            parser.error(f"--examples {chosen.examples}: {name} needs a multiple of {rows_at_once(name)}")
     for names in [arms] if whole_steps else together(arms):
         with tempfile.TemporaryDirectory(prefix="budwood-bench-") as folder:
             options = (chosen.rounds, chosen.steps, chosen.warmup, chosen.threads)
-            measured = measure(names, *options, Path(folder), chosen.size, chosen.precision)
+            rest = (chosen.size, chosen.precision, chosen.examples, chosen.base)
+            measured = measure(names, *options, Path(folder), *rest)
         result = {**measured, **result, "arms": {**measured["arms"], **result.get("arms", {})}}
     result["arms"] = {name: result["arms"][name] for name in ARMS if name in result["arms"]}
     say("\n" + table(result["arms"]) + "\n")

@@ -7,7 +7,7 @@ depend on the content. Words follow a Zipf distribution, so that losses decrease
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -60,11 +60,15 @@ class Workload:
     size: Size = SIZES["41m"]
     precision: str = "bf16"
     """Compute dtype, bf16 or fp32; the base is stored in bf16 in either case."""
+    examples: int = field(default_factory=lambda: EXAMPLES_PER_STEP)
+    """Examples of an optimizer step."""
+    kept: Path | None = None
+    """Folder of the base, if other workloads share it."""
 
     @property
     def base(self) -> Path:
         """Folder of the base model and its tokenizer."""
-        return self.folder / "base"
+        return self.kept or self.folder / "base"
 
     @property
     def data(self) -> Path:
@@ -84,8 +88,8 @@ class Workload:
         """Return the real tokens and FLOPs of each optimizer step."""
         tokens, flops = [], []
         examples = self.tokens()
-        for start in range(0, len(examples), EXAMPLES_PER_STEP):
-            step = examples[start : start + EXAMPLES_PER_STEP]
+        for start in range(0, len(examples), self.examples):
+            step = examples[start : start + self.examples]
             tokens.append(sum(len(ids) for ids, _ in step))
             flops.append(sum(example_flops(self.size, len(ids), len(ids) - prompt) for ids, prompt in step))
         return np.array(tokens), np.array(flops, dtype=float)
@@ -106,11 +110,22 @@ def example_flops(size: Size, length: int, labels: int) -> float:
     return length * (4.0 * frozen + 6.0 * adapter + attention) + labels * 4.0 * size.width * size.vocabulary
 
 
-def build(folder: Path, steps: int, size: Size = SIZES["41m"], precision: str = "bf16") -> Workload:
-    """Write base, tokenizer and the data of `steps` optimizer steps into `folder`."""
-    workload = Workload(folder, size, precision)
+def build(
+    folder: Path, steps: int, size: Size = SIZES["41m"], precision: str = "bf16", examples: int | None = None,
+    kept: Path | None = None,
+) -> Workload:  # fmt: skip
+    """Write base, tokenizer and the data of `steps` optimizer steps into `folder`.
+
+    Args:
+        examples: of an optimizer step.
+        kept: folder of the base instead, which is written unless it is there: it takes 15 GB at 8B.
+    """
+    workload = Workload(folder, size, precision, examples or EXAMPLES_PER_STEP, kept)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_base(workload.base, size)
+    if not workload.base.exists():
+        partial = workload.base.with_name(f"{workload.base.name}.partial")
+        _write_base(partial, size)
+        partial.rename(workload.base)
     _write_data(workload, steps)
     return workload
 
@@ -157,7 +172,7 @@ def _write_data(workload: Workload, steps: int) -> None:
     from budwood.data.packing import plan_epoch
 
     random = np.random.default_rng(SEED)
-    count = steps * EXAMPLES_PER_STEP
+    count = steps * workload.examples
     # exp(5.0 + 0.7 z) has mean 190; an example has at least two tokens and the end of the sequence.
     lengths = np.clip(np.exp(random.normal(5.0, 0.7, count)), 8, MAX_LENGTH).astype(int)
     words = np.minimum(random.zipf(1.2, int(lengths.sum())) + len(SPECIAL) - 1, workload.size.vocabulary - 1)
@@ -171,7 +186,7 @@ def _write_data(workload: Workload, steps: int) -> None:
             row = {"prompt": _text(ids[:prompt]), "completion": _text(ids[prompt:-1])}
             file.write(json.dumps(row) + "\n")
     # The peers use the example order of Budwood's first epoch.
-    order = np.concatenate(plan_epoch(lengths, SEED, 0, None, EXAMPLES_PER_STEP))
+    order = np.concatenate(plan_epoch(lengths, SEED, 0, None, workload.examples))
     in_order = [examples[int(i)] for i in order]
     (workload.folder / "tokens.json").write_text(json.dumps(in_order), encoding="utf-8")
 
