@@ -95,7 +95,7 @@ def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
         if not short:
             rate *= math.sqrt(min((batch_examples or count / per_epoch) / LITTLE, 1.0))
         chosen["learning_rate"] = float(f"{rate:.2g}")
-        told.append(f"a learning rate of {rate:.2g}")
+        told.append(f"a learning rate of {rate:.2g}" + (f" ({facts.scale:g} times LoRA's)" if facts.scale != 1 else ""))
     if train.warmup is None:
         total = train.steps or steps * (train.epochs or int(chosen["epochs"]))
         warmup = min(round(WARMUP * total), WARMUP_STEPS)
@@ -103,7 +103,9 @@ def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
         told.append(plural(warmup, "warm-up step") if warmup else "no warm-up")
     if not chosen:
         return train, ""
-    base = f" and a base of width {facts.width:,}" if facts.width else ""
+    mean = f"{facts.labels:,.0f}" if facts.labels >= 10 else f"{facts.labels:.2g}"
+    labels = f" with {mean} {'label' if mean == '1' else 'labels'} each" if facts.labels else ""
+    base = f" and {'an encoder' if facts.encoder else 'a base'} of width {facts.width:,}" if facts.width else ""
     fields = ", ".join(f"train.{name}" for name in chosen)
-    line = f"chosen for {plural(count, 'example')}{base}: {', '.join(told)}; to change this, set {fields}"
+    line = f"chosen for {plural(count, 'example')}{labels}{base}: {', '.join(told)}; to change this, set {fields}"
     return train.model_copy(update=chosen), line

@@ -92,11 +92,16 @@ def test_what_is_given_is_kept_and_counts() -> None:
 
 def test_the_line_says_what_was_chosen_and_from_what() -> None:
     assert choose(TrainSection(), facts(475, evaluated=True))[1] == (
-        "chosen for 475 examples and a base of width 576: batches of 16 examples, 5 epochs, an evaluation after each "
-        "(the best adapter is kept), a learning rate of 0.0013, 15 warm-up steps; to change this, set "
-        "train.batch_examples, train.epochs, train.eval_every, train.learning_rate, train.warmup"
+        "chosen for 475 examples with 3 labels each and a base of width 576: batches of 16 examples, 5 epochs, an "
+        "evaluation after each (the best adapter is kept), a learning rate of 0.0013, 15 warm-up steps; to change "
+        "this, set train.batch_examples, train.epochs, train.eval_every, train.learning_rate, train.warmup"
     )
     assert choose(TrainSection(steps=5, warmup=0.0), facts(475, width=None))[1] == (
-        "chosen for 475 examples: batches of 16 examples, a learning rate of 0.0005; to change this, set "
-        "train.batch_examples, train.learning_rate"
+        "chosen for 475 examples with 3 labels each: batches of 16 examples, a learning rate of 0.0005; to change "
+        "this, set train.batch_examples, train.learning_rate"
     )
+    given = facts(60, labels=1.0, scale=1.5, encoder=True)
+    line = choose(TrainSection(epochs=1, warmup=0.0, batch_examples=4), given)[1]
+    assert line.startswith("chosen for 60 examples with 1 label each and an encoder of width 576: a learning rate of ")
+    assert "0.002 (1.5 times LoRA's); to change" in line
+    assert "with 1,235 labels each" in choose(TrainSection(), facts(60, labels=1234.6))[1]
