@@ -469,6 +469,7 @@ def test_a_chat_template_from_the_user(tiny_base: Path, tmp_path: Path) -> None:
     options = encoding_options(recipe.with_length(512))
     assert options == {
         "max_length": 512, "loss_on": "last", "template_options": {"a": 1}, "skip_bad_rows": False, "as_chat": False,
+        "group_by": None,
     }  # fmt: skip
     with pytest.raises(InputError, match="data.chat_template: .*mine.jinja is not a file of at most 1 MiB"):
         recipe_tokenizer(recipe)
