@@ -83,7 +83,9 @@ def test_the_top_k_and_the_rest_are_a_coarser_distribution(logits: tuple, kind: 
     coarse = [np.concatenate([x, 1 - x.sum(-1, keepdims=True)], 1) for x in coarse]
     np.testing.assert_allclose(values.detach(), exact(*coarse, kind, beta), rtol=1e-4, atol=1e-6)
     full = exact(p, q, kind, beta)
-    assert (values.detach().numpy() <= full + 1e-6).all(), "merging outcomes cannot raise a divergence"
+    # Each log-probability and each of their products is rounded some times in fp32, relative to its own size.
+    rounding = 16 * 2**-24 * ((p + q) * (1 + np.abs(np.log(p)) + np.abs(np.log(q)))).sum(-1)
+    assert (values.detach().numpy() <= full + rounding).all(), "merging outcomes cannot raise a divergence"
     if k == SIZE - 1:
         np.testing.assert_allclose(values.detach(), full, rtol=1e-4, atol=1e-6)
 
