@@ -16,6 +16,8 @@ from budwood.training.on_policy import find_generator
 
 FALL = 0.05
 """Relative fall of the loss from which a run counts as having learned."""
+HEART = 0.5
+"""Fall of the training loss with which a run that learned little for other rows has learned its own by heart."""
 LOW = 0.1
 """A first loss below this, in nats per label, leaves little to learn."""
 FEW = 50
@@ -32,7 +34,7 @@ def advice(run: Run, metrics: Path) -> str:
     evaluations before and after training. Without them, it is the training loss: the mean of the first and of the last
     tenth of the steps, at least three if there are six. No advice is given if the first loss is below 0.1, if the run
     trains on generated examples, or if its best metric is another one and improved. A metric of an objective is judged
-    alone, since the task's loss may rise.
+    alone, since the task's loss may rise. If the training loss halved nevertheless, the advice is against overfitting.
     """
     if find_generator(run.hooks) is not None:
         return ""
@@ -64,6 +66,10 @@ def advice(run: Run, metrics: Path) -> str:
         text = f"the loss hardly changed ({change})" if after <= before else f"the loss rose ({change})"
     batch = f"train.batch_{'examples' if train.batch_examples else 'tokens'}"
     rate, more, rows = _rate(run), _length(run), _rows(run)
+    start, end = _training_losses(metrics, run.task.name.replace("-", "_"))
+    if evaluated and end < (1 - HEART) * start:
+        learned = f"the training rows' fell from {start:.4f} to {end:.4f}, so they were learned by heart"
+        return f"note: {text}, but {learned}: raise {rows}, or lower {more}"
     if after > before:
         return f"note: {text}: lower {rate}, or raise {rows}"
     if (run.steps or 0) < FEW:

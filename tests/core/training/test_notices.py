@@ -154,6 +154,23 @@ def test_a_run_that_hardly_learned_ends_with_what_to_change(make_recipe: Make, s
     assert not any(line.startswith("note: the loss ") for line in said)
 
 
+def test_rows_that_are_learned_by_heart_are_not_to_be_learned_faster(
+    make_recipe: Make, tmp_path: Path, said: list[str]
+) -> None:
+    """The rows of evaluation have the other label, so their loss rises while that of the training rows falls."""
+    pairs = (("games", "a", "b"), ("fonts", "b", "a"))
+    rows = [[{"text": text, "label": pair[i]} for text, *pair in pairs for _ in range(8)] for i in range(2)]
+    train, held = (write(tmp_path / f"{name}.jsonl", part) for name, part in zip(("own", "held"), rows, strict=True))
+    tune(
+        make_recipe(
+            base={"task": "sequence-classification"}, data={"train": train, "eval": held},
+            train={"steps": 30, "batch_examples": 16, "micro_tokens": 2048},
+        )
+    )  # fmt: skip
+    assert said[-1].startswith("note: the loss rose (") and "so they were learned by heart" in said[-1]
+    assert said[-1].endswith(": raise the number of rows (now 16), or lower train.steps (now 30)")
+
+
 def classes_recipe(make_recipe: Make, tmp_path: Path, rows: list[dict[str, Any]], evaluate: bool) -> Recipe:
     """Return a recipe of 30 steps that classifies rows, all of them in each step."""
     path = write(tmp_path / "classes.jsonl", rows)
