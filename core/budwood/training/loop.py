@@ -54,10 +54,21 @@ def tune(
     allow_code: bool = False,
     planner: Planner | None = None,
 ) -> Run:
-    """Train a recipe and write the adapter, log and plot to its output folder. `budwood.tune` says more, and plans.
+    """Train a recipe and write the adapter, log and plot to its output folder.
 
     Args:
-        planner: see `budwood.planning.admission`.
+        recipe: a `Recipe`, or the path of a recipe file.
+        overwrite: replace the contents of the output folder.
+        resume: resume from the newest valid checkpoint in the output folder. Without a checkpoint the run starts from
+            the beginning; a finished run is returned unchanged.
+        accept_changes: resume although the recipe, the data or library versions have changed.
+        profile: print the time and memory of every strategy's hooks at the end. On CUDA, measuring itself takes time.
+        quiet: print nothing.
+        before: seconds that the process ran before, which the times of the run include as `startup`.
+        allow_code: run Python files that the recipe names, such as rewards.
+        planner: estimates memory and time before the base is loaded, refuses what cannot fit, and settles
+            `train.micro_tokens` and `train.gradient_checkpointing` where they are auto. None: micro-batches then have
+            the usual size of a CPU, and all layers recompute. `budwood.tune` plans, as the command does.
 
     Returns:
         The finished run; `run.metrics` holds the last evaluation, `run.directory` is the output folder.
