@@ -51,8 +51,8 @@ NUMERICAL := tests/core/model tests/core/adapters \
 	tests/plugins/preference/test_equations.py tests/plugins/grpo/test_losses.py \
 	tests/plugins/adversarial/test_equations.py tests/plugins/adversarial/test_divergence.py \
 	tests/plugins/distillation/test_divergence.py tests/plugins/peft_methods/test_methods_as_in_peft.py \
-	tests/plugins/regularisation tests/plugins/test_together.py tests/plugins/adalora/test_run.py \
-	tests/e2e/test_commands.py
+	tests/plugins/regularisation tests/plugins/test_together.py \
+	tests/plugins/adalora/test_adapter.py tests/plugins/adalora/test_run.py tests/e2e/test_commands.py
 LOWERED := "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2" "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE"
 
 numerics: .venv/installed ## Run the numerical tests with the kernels of older processors, and those of compiled ops

@@ -13,7 +13,7 @@ from budwood.planning.rehearsal import rehearse
 from budwood.recipe.schema import load_recipe
 
 
-@pytest.mark.parametrize(("recomputes", "most"), [("false", 63), ("true", 80)])
+@pytest.mark.parametrize(("recomputes", "most"), [("false", 61), ("true", 77)])
 def test_a_layer_in_4_bit_with_adapters_on_all_linears(tiny_bases, tmp_path, recomputes, most):
     """In the first micro-batch of a run, and in one that adds its gradients to those of another."""
     rows = [json.dumps({"prompt": f"hello there {i}", "completion": " x y z"}) for i in range(8)]

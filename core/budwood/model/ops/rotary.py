@@ -33,13 +33,15 @@ def rotary(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> Pair:
         cosine: [batch or 1, tokens, r], r ≤ d even, frozen.
         sine: likewise.
     """
-    kernel = implementation("rotate", query) if query.dtype == key.dtype == cosine.dtype == sine.dtype else None
+    same = query.dtype == key.dtype == cosine.dtype == sine.dtype and query.shape[-1] == key.shape[-1]
+    kernel = implementation("rotate", query) if same else None
     if kernel is None and _in_halves(query, key, cosine, sine):
         return _Halves.apply(query, cosine, sine), _Halves.apply(key, cosine, sine)
     if kernel is None:
         return rotate(query, cosine, sine), rotate(key, cosine, sine)
     cosine, sine = cosine.contiguous(), sine.contiguous()
-    return _Rotate.apply(query, cosine, sine, kernel), _Rotate.apply(key, cosine, sine, kernel)
+    both: Pair = _Rotate.apply(query, key, cosine, sine, kernel)
+    return both
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -83,22 +85,25 @@ class _Halves(torch.autograd.Function):
 
 
 class _Rotate(torch.autograd.Function):
+    """Rotates query and key together."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor, kernel: Any) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, kernel: Any) -> Pair:
         ctx.save_for_backward(cosine, sine)
         ctx.kernel = kernel
-        return _turned(kernel, x, cosine, sine, False)
+        return _turned(kernel, query, key, cosine, sine, False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None, None, None]:
         cosine, sine = ctx.saved_tensors
-        return _turned(ctx.kernel, gradients[0], cosine, sine, True), None, None, None
+        return *_turned(ctx.kernel, *gradients, cosine, sine, True), None, None, None
 
 
-def _turned(kernel: Any, x: Tensor, cosine: Tensor, sine: Tensor, backward: bool) -> Tensor:
-    result: Tensor = kernel.rotate(x if x.stride(-1) == 1 else x.contiguous(), cosine, sine, backward)
-    return result
+def _turned(kernel: Any, query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, backward: bool) -> Pair:
+    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+    both: Pair = kernel.rotate(query, key, cosine, sine, backward)
+    return both
 
 
 def fuse_rotations(model: nn.Module) -> int:

@@ -20,7 +20,10 @@ from budwood.model.ops.kernels import triton_code as code
 
 WIDE = "*fp32"
 TARGETS = [*itertools.product((80, 86, 89, 90), ("bf16",)), *itertools.product((80, 90), ("fp16", "fp32"))]
-ROTATE = ["tokens", "heads", "rotated", "width", "x_batch", "x_head", "x_token", "table_batch", "table_token"]
+ROTATE = [
+    "tokens", "heads", "more", "rotated", "width", "query_batch", "query_head", "query_token",
+    "key_batch", "key_head", "key_token", "table_batch", "table_token",
+]  # fmt: skip
 TYPES = {
     **dict.fromkeys(("size", "width", "stride", "classes", *ROTATE), "i32"),
     **dict.fromkeys(("nested_code", "nested_absmax", "offset", "code", "scales", "losses", "sums"), WIDE),

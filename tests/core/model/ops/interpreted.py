@@ -122,11 +122,13 @@ def test_gated_products(launched, kind, shape, dtype):
 def test_rotations(launched, size, batches, dtype):
     query, key, cosine, sine = draw((2, 3, 4, 16), (2, 3, 2, 16), (batches, 3, size), (batches, 3, size), dtype=dtype)
     wide = cosine.double(), sine.double()
-    for x, at in ((query, 0), (key, 1)):
-        x = x.transpose(1, 2)  # as attention has it
-        pair = lambda x, at=at: rotary(*((x, x[:, :2]) if at == 0 else (x.repeat(1, 2, 1, 1), x)), cosine, sine)[at]  # noqa: E731
-        agree(pair, lambda x: rotate(x, *wide), [x])
-    assert launched.count("rotate") == 6
+    inputs = [x.transpose(1, 2) for x in (query, key)]  # as attention has them
+    agree(
+        lambda *both: torch.cat(rotary(*both, cosine, sine), 1),
+        lambda *both: torch.cat([rotate(x, *wide) for x in both], 1),
+        inputs,
+    )
+    assert launched == ["rotate", "rotate"]  # forward and backward, each for both
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -142,7 +144,10 @@ def test_heads_that_are_far_apart_in_memory_are_rotated(launched, tmp_path):
     memory = torch.from_file(str(tmp_path / "memory"), shared=True, size=2 * apart + 16, dtype=dtype)
     (near, cosine, sine) = draw((1, 3, 1, 16), (1, 1, 16), (1, 1, 16), dtype=dtype)
     far = memory.as_strided((1, 3, 1, 16), (3 * apart, apart, 16, 1)).copy_(near)
-    assert torch.equal(launch.rotate(far, cosine, sine), launch.rotate(near, cosine, sine))
+    for found, expected in zip(
+        launch.rotate(far, far, cosine, sine), launch.rotate(near, near, cosine, sine), strict=True
+    ):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -277,7 +282,7 @@ def test_a_model_computes_with_the_kernels_what_it_computes_without(launched, mo
     counts = {name: launched.count(name) for name in sorted(set(launched))}
     assert counts == {
         "cross_entropy_backward": 1, "cross_entropy_forward": 1, "gated_backward": 2, "gated_forward": 2,
-        "rms_norm_backward": 5, "rms_norm_forward": 5, "rotate": 8,
+        "rms_norm_backward": 5, "rms_norm_forward": 5, "rotate": 4,
     }  # fmt: skip
 
     launched.clear()  # a hook inside an MLP sees the activation
@@ -315,7 +320,7 @@ def test_layers_in_halves_compute_with_the_kernels_what_they_compute_without(lau
     again = 2 * recomputes
     assert counts == {
         "dequantize_4bit_group": 2 * 2 * 4 - (not recomputes),  # the first layer's input has no gradient
-        "gated_forward": 2, "gated_backward": 2, "rotate": 8 + 2 * again,
+        "gated_forward": 2, "gated_backward": 2, "rotate": 4 + again,
         "rms_norm_forward": 2 + again, "rms_norm_of_sum": 3 + again, "rms_norm_backward": 5 - 1,
     }  # fmt: skip
 

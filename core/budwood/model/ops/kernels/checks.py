@@ -116,13 +116,15 @@ def _rotate(ops: Any, device: torch.device, dtype: torch.dtype) -> str:
     from budwood.model.ops.rotary import rotate
 
     for size, batches in itertools.product((16, 12), (2, 1)):
-        x, cosine, sine, above = _draw(
-            device, dtype, (2, 5, 3, 16), (batches, 5, size), (batches, 5, size), (2, 3, 5, 16)
+        whole, cosine, sine, above, other = _draw(
+            device, dtype, (2, 5, 5, 16), (batches, 5, size), (batches, 5, size), (2, 3, 5, 16), (2, 2, 5, 16)
         )
-        x = x.transpose(1, 2)
-        found = [ops.rotate(x, cosine, sine), ops.rotate(above, cosine, sine, backward=True)]
-        gradients = _gradients(lambda x, c=cosine, s=sine: rotate(x, c, s), [x], above)
-        difference = _compare("rotated gradient", found, [rotate(x, cosine, sine), *gradients])
+        query, key = (part.transpose(1, 2) for part in whole.split((3, 2), 2))
+        found = [*ops.rotate(query, key, cosine, sine), *ops.rotate(above, other, cosine, sine, backward=True)]
+        expected = [rotate(x, cosine, sine) for x in (query, key)]
+        for x, gradient in ((query, above), (key, other)):
+            expected += _gradients(lambda x, c=cosine, s=sine: rotate(x, c, s), [x], gradient)
+        difference = _compare("query key gradient gradient", found, expected)
         if difference:
             return difference
     return ""

@@ -111,8 +111,12 @@ def _gate_gradients(
     return (above * factor * slope).to(gate.dtype), (above * active).to(up.dtype), product
 
 
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool = False) -> Tensor:
-    """See `launch`; the result has the strides of `x`, as the attention reads the heads of a token together."""
+def rotate(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, backward: bool = False) -> tuple[Tensor, Tensor]:
+    """See `launch`; each result is a tensor of its own, with the heads of a token next to each other."""
+    return _rotate(query, cosine, sine, backward), _rotate(key, cosine, sine, backward)
+
+
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool) -> Tensor:
     batch, heads, tokens, width = x.shape
     rows = x.transpose(1, 2).reshape(batch * tokens, heads, width)
     tables = [table.expand(batch, -1, -1).reshape(batch * tokens, -1) for table in (cosine, sine)]

@@ -156,28 +156,33 @@ def _distance(gate: Tensor) -> int:
     return gate.shape[-1] if gate.is_contiguous() else gate.stride(-2)
 
 
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool = False) -> Tensor:
-    """Return `x` [batch, heads, tokens, d], of any strides but the last, with its first elements rotated.
+def rotate(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, backward: bool = False) -> tuple[Tensor, Tensor]:
+    """Return two tensors, of any strides but the last, with their first elements rotated.
 
-    The heads of a token are next to each other in the result, as attention takes and returns them.
+    Both are parts of one tensor, in which the heads of a token are next to each other, as attention takes them.
 
     Args:
+        query: [batch, heads, tokens, d].
+        key: [batch, any number of heads, tokens, d], in the same dtype.
         cosine: [batch or 1, tokens, r], r ≤ d even, contiguous.
         sine: likewise.
         backward: rotate the other way, as a gradient is.
     """
-    batch, heads, tokens, width = x.shape
-    out = torch.empty(batch, tokens, heads, width, dtype=x.dtype, device=x.device).transpose(1, 2)
-    if not x.numel():
-        return out
+    batch, heads, tokens, width = query.shape
+    more = key.shape[1]
+    out = torch.empty(batch, tokens, heads + more, width, dtype=query.dtype, device=query.device)
+    both = out[:, :, :heads].transpose(1, 2), out[:, :, heads:].transpose(1, 2)
+    if not out.numel():
+        return both
     rotated = cosine.shape[-1]
     table = cosine.stride(0) if cosine.shape[0] > 1 else 0
     block = triton.next_power_of_2(max(rotated // 2, width - rotated))
-    code.rotate[(tokens, heads, batch)](
-        x, cosine, sine, out, tokens, heads, rotated, width, *x.stride()[:3], table, cosine.stride(1),
+    code.rotate[(tokens, heads + more, batch)](
+        query, key, cosine, sine, out, tokens, heads, more, rotated, width,
+        *query.stride()[:3], *key.stride()[:3], table, cosine.stride(1),
         BACKWARD=backward, BLOCK=block, num_warps=1, **EXACT,
     )  # fmt: skip
-    return out
+    return both
 
 
 def cross_entropy_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,8 +53,9 @@ def gated_backward(
     return gates, ups, (torch.empty_like(gradient) if product is None else product) if again else None
 
 
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool = False) -> Tensor:
-    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+def rotate(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, backward: bool = False) -> tuple[Tensor, Tensor]:
+    out = torch.cat((query.transpose(1, 2), key.transpose(1, 2)), 2)
+    return out[:, :, : query.shape[1]].transpose(1, 2), out[:, :, query.shape[1] :].transpose(1, 2)
 
 
 def cross_entropy_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -170,20 +170,24 @@ def gated_backward(
 
 @triton.jit
 def rotate(
-    x, cosine, sine, out, tokens, heads, rotated, width,
-    x_batch, x_head, x_token, table_batch, table_token,
+    query, key, cosine, sine, out, tokens, heads, more, rotated, width,
+    query_batch, query_head, query_token, key_batch, key_head, key_token, table_batch, table_token,
     BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rotate the halves of the first `rotated` elements of one token of one head (RoPE); copy those after them.
 
-    BACKWARD: the transposed rotation, that of a gradient. `out` is contiguous [batch, tokens, heads, width].
+    BACKWARD: the transposed rotation, that of a gradient. `out` is contiguous [batch, tokens, heads + more, width]:
+    the query's heads, then those of the key, of which there are `more`.
     """
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     at = tl.arange(0, BLOCK)
     half = rotated // 2
     inside = at < half
-    base = x + batch * x_batch + head * x_head + token * x_token
+    if head < heads:
+        base = query + batch * query_batch + head * query_head + token * query_token
+    else:
+        base = key + batch * key_batch + (head - heads) * key_head + token * key_token
     table = batch * table_batch + token * table_token
     first = tl.load(base + at, mask=inside, other=0).to(tl.float32)
     second = tl.load(base + half + at, mask=inside, other=0).to(tl.float32)
@@ -191,14 +195,14 @@ def rotate(
     cosine_2 = tl.load(cosine + table + half + at, mask=inside, other=0).to(tl.float32)
     sine_1 = tl.load(sine + table + at, mask=inside, other=0).to(tl.float32)
     sine_2 = tl.load(sine + table + half + at, mask=inside, other=0).to(tl.float32)
-    narrow = x.dtype.element_ty
+    narrow = query.dtype.element_ty
     if BACKWARD:
         one = (first * cosine_1).to(narrow).to(tl.float32) + (second * sine_2).to(narrow).to(tl.float32)
         two = (second * cosine_2).to(narrow).to(tl.float32) - (first * sine_1).to(narrow).to(tl.float32)
     else:
         one = (first * cosine_1).to(narrow).to(tl.float32) - (second * sine_1).to(narrow).to(tl.float32)
         two = (second * cosine_2).to(narrow).to(tl.float32) + (first * sine_2).to(narrow).to(tl.float32)
-    to = out + ((batch * tokens + token) * heads + head) * width
+    to = out + ((batch * tokens + token) * (heads + more) + head) * width
     tl.store(to + at, one.to(out.dtype.element_ty), mask=inside)
     tl.store(to + half + at, two.to(out.dtype.element_ty), mask=inside)
     rest = at < width - rotated
