@@ -96,8 +96,8 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None, None, None]:
-        cosine, sine = ctx.saved_tensors
-        return *_turned(ctx.kernel, *gradients, cosine, sine, True), None, None, None
+        (above, other), (cosine, sine) = gradients, ctx.saved_tensors
+        return *_turned(ctx.kernel, above, other, cosine, sine, True), None, None, None
 
 
 def _turned(kernel: Any, query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, backward: bool) -> Pair:
