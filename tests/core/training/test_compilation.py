@@ -35,13 +35,13 @@ def test_on_a_gpu_it_would_change_nothing(make_recipe: Make) -> None:
 
 
 def test_without_a_compiler_it_is_refused(
-    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inductor = pytest.importorskip("torch._inductor.config")
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, str(tmp_path / "no-compiler")))
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(make_recipe(train={"compile": True}).to_dict()), encoding="utf-8")
-    assert run(["tune", str(path)]) == 3
+    with inductor.patch("cpp.cxx", (None, str(tmp_path / "no-compiler"))):
+        assert run(["tune", str(path)]) == 3
     err = capsys.readouterr().err
     assert "train.compile: needs a C++ compiler" in err and "Traceback" not in err
     assert not (tmp_path / "run").exists()
