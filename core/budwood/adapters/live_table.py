@@ -16,6 +16,7 @@ from budwood.adapters.live_experts import experts
 from budwood.adapters.live_rows import Layout, Stacks, alone, mixed
 from budwood.adapters.live_update import LiveAdapter
 from budwood.adapters.targets import base_modules
+from budwood.model.ops.group import Part
 from budwood.model.quantizers import quantizer_of
 from budwood.model.quantizers.experts import ExpertLinear
 
@@ -74,6 +75,23 @@ class LiveModule:
         if plan.single:
             return alone(self, adapters[0])
         return mixed(self, plan.layout, adapters, self.table.stacks if plan.stacked else None)
+
+    def part(self) -> Part | None:
+        """Return the linear and its update for the current plan; None: rows differ, or it is no product alone."""
+        plan = self.table.plan or self.table.default
+        if self.busy or self.had is not None or self.quantizer is None or not plan.single:
+            return None
+        adapter = plan.layout.distinct[0]
+        if adapter is None:
+            return Part(self.module)
+        update, bias = adapter.updates.get(self.path), adapter.biases.get(self.path)
+        if self.path in adapter.modules or not (update is None or update.is_product):
+            return None
+        return (
+            Part(self.module, bias=bias)
+            if update is None
+            else Part(self.module, update.a, update.b, update.scaling, bias=bias)
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return the base's forward of the module's copy: a copy has no adapters."""

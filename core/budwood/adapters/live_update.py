@@ -40,6 +40,11 @@ class LiveUpdate:
     folded: bool = False
 
     @property
+    def is_product(self) -> bool:
+        """Whether the update is a low-rank one and nothing else."""
+        return self.a is not None and self.gain is self.offset is self.row_forward is None
+
+    @property
     def rank(self) -> int:
         """Rank of the low-rank update; 0: none."""
         return 0 if self.a is None else self.a.shape[-2]

@@ -10,13 +10,15 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from budwood.contract.examples import Batch, Example
 from budwood.contract.types import Generator, Run
 from budwood.data.packing import split_micro
 from budwood.errors import ResourceError, is_out_of_memory
 from budwood.model.device import gpu_memory
+from budwood.model.halves.layer import evaluating
+from budwood.model.recompute import layers_of
 from budwood.model.streaming import release_memory
 
 T = TypeVar("T")
@@ -182,7 +184,7 @@ def over_eval_batches(run: Run, work: Callable[[Batch], T]) -> Iterator[T]:
     whole = split_micro(range(len(examples)), examples.lengths, run.eval_tokens, run.packed, examples.groups)
     rows = list(run.world.share(whole))
     others = extra_passes(run, len(rows))
-    was_training = run.model.training
+    was_training, layers = run.model.training, layers_of(run.model)
     run.model.eval()
 
     def make(row: list[int]) -> Batch:
@@ -193,7 +195,7 @@ def over_eval_batches(run: Run, work: Callable[[Batch], T]) -> Iterator[T]:
         while rows:
             with closing(made_ahead(make, list(rows))) as batches:
                 for made in batches:
-                    done = _attempt(run, made, work)
+                    done = _attempt(run, made, work, layers)
                     if done is None:
                         break
                     rows.pop(0)
@@ -209,7 +211,7 @@ def over_eval_batches(run: Run, work: Callable[[Batch], T]) -> Iterator[T]:
             options = (examples.lengths, run.eval_tokens, run.packed, examples.groups)
             rows = [part for row in rows for part in split_micro(sorted(row), *options)]
         for made in made_ahead(make, whole[:1] * others):
-            _attempt(run, made, work)
+            _attempt(run, made, work, layers)
     finally:
         run.model.train(was_training)
 
@@ -222,10 +224,10 @@ def extra_passes(run: Run, count: int) -> int:
     return max(run.world.gather(count)) - count if run.sharded else 0
 
 
-def _attempt(run: Run, made: Future[Batch], work: Callable[[Batch], T]) -> tuple[T] | None:
+def _attempt(run: Run, made: Future[Batch], work: Callable[[Batch], T], layers: Sequence[nn.Module]) -> tuple[T] | None:
     """Return `work` of a batch; None if memory runs out, after the error and all that it references are released."""
     try:
-        with torch.no_grad(), autocast(run):
+        with torch.no_grad(), autocast(run), evaluating(layers):
             return (work(made.result().to(run.device)),)
     except Exception as error:
         if not is_out_of_memory(error) or run.sharded:

@@ -31,6 +31,7 @@ from budwood.model.device import planned_host
 from budwood.model.embeddings import resize_base
 from budwood.model.evaluation import autocast, collate_for, label_logits
 from budwood.model.fake import fake_base, fake_tensors
+from budwood.model.halves.layer import evaluating
 from budwood.model.ops import attention
 from budwood.model.quantizers import is_quantized, quantizer_of
 from budwood.model.quantizers.experts import quantized_experts
@@ -136,7 +137,7 @@ class Rehearsal:
         self.gathering.begin()
         start = self.trace.mark()
         run.model.eval()
-        with _naming(run), torch.no_grad(), autocast(run):
+        with _naming(run), torch.no_grad(), autocast(run), evaluating(layers_of(run.model)):
             for chunk, logits in label_logits(run.task, run, batch, None):
                 run.task.loss(logits, batch.labels[chunk])
         return start

@@ -1,4 +1,4 @@
-"""The operations that a layer's forward and backward pass hand to a GPU: each costs the host time."""
+"""The operations that a layer hands to a GPU in training and in evaluations: each costs the host time."""
 
 from __future__ import annotations
 
@@ -36,11 +36,15 @@ def test_a_layer_in_4_bit_with_adapters_on_all_linears(tiny_bases, tmp_path, rec
                 rehearsal.take_step(micros, later)
                 names = collections.Counter(op.name for op in rehearsal.trace.operations if op.in_pass)
                 counts.setdefault(layers, []).append(names)
-    first, later = (more - one for one, more in zip(counts[1], counts[3], strict=True))
+            for _ in range(2):  # from the second pass on, the factors of all layers are written at once
+                rehearsal.evaluate([rehearsal.run.examples[i] for i in micros[0].members], micros[0])
+            counts[layers].append(collections.Counter(op.name for op in rehearsal.trace.operations))
+    first, later, evaluated = (more - one for one, more in zip(counts[1], counts[3], strict=True))
     for added in (first, later):
         assert added["dequantize_4bit"] == 2 * 8  # two more layers: 4 groups of linears, forward and backward
         assert not {"silu", "neg", "rsqrt", "pow", "dequantize_blockwise"} & set(added)  # those are kernels
         assert not added["copy_"]  # gradients and factors are converted by one kernel for all of a group
     assert sum(first.values()) <= 2 * most, first
+    assert sum(evaluated.values()) <= 2 * 22, evaluated
     added_up = 2 * 14  # gradients; the factors of all layers are written by one operation, which is not a layer's
     assert sum(later.values()) <= 2 * (most - 1) + added_up, later

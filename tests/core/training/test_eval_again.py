@@ -17,6 +17,7 @@ from tests.core.conftest import write_rows
 from budwood.cli.app import run as command
 from budwood.contract.types import Run
 from budwood.model import evaluation
+from budwood.model.halves.chain import Chain
 from budwood.recipe.schema import Recipe
 from budwood.training.evaluate import evaluate_adapter
 from budwood.training.loop import tune
@@ -54,6 +55,31 @@ def test_the_metrics_of_a_run_are_reproduced_to_the_digit(
     again = evaluate_adapter(run.directory / "adapter", Path(recipe.data.eval), quiet=True)
     assert again.adapter == recorded(run) and "eval_exact_match" in again.adapter
     assert again.base == run.before
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": "lora_only"}, {"bias": "all", "targets": ["q_proj"]}], ids=str)
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_run_and_its_adapter_evaluate_with_the_operations_of_training(
+    make_recipe: Make, tiny_bases: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, options: Any, quantization: str
+) -> None:
+    """Also where the adapter replaces biases, with any of its linears adapted."""
+    passes: list[Chain] = []
+    original = Chain.__call__
+
+    def counted(chain: Chain, *arguments: Any) -> Any:
+        if not torch.is_grad_enabled():
+            passes.append(chain)
+        return original(chain, *arguments)
+
+    monkeypatch.setattr(Chain, "__call__", counted)
+    base = {"model": str(tiny_bases("biases", attention_bias=True)), "quantization": quantization}
+    strategies, train = [{"lora": {"rank": 4, **options}}], EVAL | {"eval_generate": 0}
+    recipe = make_recipe(strategies=strategies, evaluate=True, base=base, train=train)
+    run = tune(recipe, quiet=True)
+    in_run = len(passes)
+    again = evaluate_adapter(run.directory / "adapter", Path(recipe.data.eval), quiet=True)
+    assert again.adapter == recorded(run) and again.base == run.before
+    assert in_run == 3 * (len(passes) - in_run) / 2 > 0  # before, half-way and at the end; with and without the adapter
 
 
 @pytest.mark.parametrize(
@@ -110,11 +136,11 @@ def test_if_an_evaluation_of_the_run_ran_out_of_memory(
     """The evaluation is repeated with smaller batches, whose size is recorded."""
     attempt, tried = evaluation._attempt, []
 
-    def scarce(run: Run, made: Any, work: Any) -> Any:
+    def scarce(run: Run, made: Any, *rest: Any) -> Any:
         tried.append(run.step)
         if run.step == 8 and tried.count(run.step) > 1 and run.eval_tokens == 128 and len(made.result().keys) > 1:
             return None
-        return attempt(run, made, work)
+        return attempt(run, made, *rest)
 
     rows = str(write_rows(tmp_path / "many.jsonl", 40, seed=2))
     recipe = make_recipe(evaluate=True, train=EVAL | {"steps": 8, "micro_tokens": 128}, data={"eval": rows})

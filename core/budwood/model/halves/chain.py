@@ -32,7 +32,7 @@ class Chain:
 
     Attributes:
         factors: of both groups of each half.
-        recomputes: keep the input alone.
+        recomputes: keep the input alone, or, without gradients, nothing.
         before, onward: the norm of the input, if it was computed before, and that with which the next layer begins.
     """
 
@@ -49,7 +49,12 @@ class Chain:
         Args:
             tensors: those of all halves' groups, which may need gradients.
         """
-        result: Tensor = _Chain.apply(x, self, *tensors)
+        if torch.is_grad_enabled():
+            result: Tensor = _Chain.apply(x, self, *tensors)
+        else:
+            with torch.autocast(x.device.type, enabled=False):
+                flat, parts = x.reshape(-1, x.shape[-1]), self.split(tensors)
+                result = _shaped(_compute(self, flat, parts, self.pairs(self.factors)), self.call)
         self.factors = []  # the function has saved them
         return result
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,12 +62,14 @@ class Halves:
         shadows: of the model.
         following: the next layer's, which may begin with what this one computed ahead; None: it is the last. Weak,
             so that a copy of a layer does not copy all that follow it.
+        evaluates: whether passes without gradients are computed in halves too, see `evaluating`.
         rows: [L] int64, the only positions of which the next pass shall compute the output; taken away if it does.
     """
 
     def __init__(self, layer: nn.Module, original: Any, names: Names, number: int, shadows: Shadows) -> None:
         self.layer, self.original, self.names = layer, original, names
         self.number, self.shadows = number, shadows
+        self.evaluates = False
         self.rows: Tensor | None = None
         self.following: weakref.ref[Halves] | None = None
         self._arrived: tuple[Any, int, Ahead] | None = None
@@ -101,24 +103,28 @@ class Halves:
             options: its keyword arguments.
         """
         layer: Any = self.layer
-        if not (isinstance(x, Tensor) and torch.is_grad_enabled() and x.dim() == 3) or self.reason() is not None:
+        trains = torch.is_grad_enabled()
+        wanted = trains or self.evaluates
+        if not (wanted and isinstance(x, Tensor) and x.dim() == 3) or self.reason() is not None:
             return None
         again = layer.gradient_checkpointing and layer.training
         if again:  # as transformers does
             options = {**options, "use_cache": False, "past_key_values": None}
         parts = self._parts() if options.get("past_key_values") is None else None
         tensors = [t for group in parts or () for part in group for t in part.tensors]
-        if parts is None or not (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
+        if parts is None:
+            return None
+        if trains and not (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
             return None
         kind = x.device.type
         narrow = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if narrow else x.dtype
         rows = None
-        if not any(part.dropout and part.a is not None for group in parts[1:] for part in group):
+        if trains and not any(part.dropout and part.a is not None for group in parts[1:] for part in group):
             rows, self.rows = self.rows, None  # else, fewer rows would have other masks
         call = Call(x.shape, options, partial(torch.autocast, kind, dtype if narrow else None, narrow), rows)
         # Whoever watches saved tensors may keep copies of them, or make them again: these have no graphs inside.
-        alone = again or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        alone = again or not trains or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         groups = [Group(part, x, dtype) for part in parts]
         factors = self.shadows.factors(self.number, groups, [[t for p in part for t in p.tensors] for part in parts])
         return Chain(self._halves(groups), factors, call, alone, self._before(x), self._onward()), tensors
@@ -214,6 +220,23 @@ class Halves:
             kind = layer.mlp.forward.kind
             halves.append(MlpHalf(getattr(layer, names.second), after, groups[2], groups[3], kind))
         return halves
+
+
+@contextmanager
+def evaluating(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Compute passes without gradients in halves, as those of training, in this context.
+
+    Outside of it, such passes take the model's own forward: golden outputs are compared bit for bit, also with those
+    that were recorded before there were halves.
+    """
+    halves = [own for layer in layers if isinstance(own := layer.__dict__.get("forward"), Halves)]
+    for own in halves:
+        own.evaluates = True
+    try:
+        yield
+    finally:
+        for own in halves:
+            own.evaluates = False
 
 
 def _two_levels(module: nn.Module) -> Iterator[nn.Module]:

@@ -39,6 +39,7 @@ class Part:
         b: [out, r], likewise.
         scaling: factor of the update.
         dropout: probability of dropping an element of the update's input.
+        bias: [out] that stands for the linear's own; None: its own, or none.
     """
 
     base: Any
@@ -46,11 +47,12 @@ class Part:
     b: Tensor | None = None
     scaling: float = 1.0
     dropout: float = 0.0
+    bias: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """A, B and the bias, of which each may have a gradient."""
-        return self.a, self.b, getattr(self.base, "bias", None)
+        return self.a, self.b, getattr(self.base, "bias", None) if self.bias is None else self.bias
 
 
 Factors = list[Tensor | None]
@@ -181,12 +183,12 @@ class Group:
             weights: from `weights`; None: dequantised here.
         """
         made = self.thin(x, factors)
-        biases = [None if bias is None else bias.to(self.dtype) for bias in tensors[2::3]]
         if not self.stacked:
             return [
-                self._product(i, x, made.narrow, factors[1 + i], biases[i], weights) for i in range(len(self.bases))
+                self._product(i, x, made.narrow, factors[1 + i], bias, weights) for i, bias in enumerate(tensors[2::3])
             ], made
         (weight,) = weights or self.weights()
+        biases = [None if bias is None else bias.to(self.dtype) for bias in tensors[2::3]]
         start = None
         if any(bias is not None for bias in biases):
             start = torch.cat([x.new_zeros(n) if b is None else b for n, b in zip(self.sizes, biases, strict=True)])
@@ -241,9 +243,9 @@ class Group:
         """Return the output [n, out] of one linear, whose weight is a matrix of its own."""
         base, quantizer = self.bases[i], self.quantizers[i]
         if not quantizer.dense or weights is None:
-            y = quantizer.forward(base, x, getattr(base, "bias", None))
+            y = quantizer.forward(base, x, bias)
         else:
-            y = x @ weights[i].t() if bias is None else torch.addmm(bias, x, weights[i].t())
+            y = x @ weights[i].t() if bias is None else torch.addmm(bias.to(self.dtype), x, weights[i].t())
         if narrow is not None and b is not None:
             y.addmm_(narrow[:, self.spans[i]], b.t(), alpha=self.scales[i])
         return y
