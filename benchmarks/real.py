@@ -128,6 +128,7 @@ class Benchmark:
         return {
             "title": task.title, "kind": task.kind, "quantization": task.quantization, "rows": task.train,
             "scored": task.score, "epochs": task.epochs, "batch": task.batch, "rate": task.rate,
+            "warmup": task.warmup,
         }  # fmt: skip
 
     def _fits(self, expected: float, share: float, shown: str) -> bool:
@@ -196,7 +197,9 @@ class Benchmark:
         job = {
             "arm": arm, "kind": task.kind, "base": str(task.base()), "data": str(rows), "folder": str(folder),
             "max_length": MAX_LENGTH, "rank": t.RANK, "alpha": t.ALPHA, "targets": task.targets, "clip": t.CLIP,
-            "epochs": task.epochs, "batch": task.batch, "rate": task.rate, "seed": seed, "order": task.order(seed),
+            "epochs": task.epochs, "batch": task.batch, "rate": task.rate,
+            "warmup": round(task.warmup * task.train * task.epochs / task.batch),
+            "seed": seed, "order": task.order(seed),
             "rows": task.batch if task.classifies else min(TRAINER_ROWS, task.batch), "profile": profile,
             "precision": self.options.precision, "quantization": task.quantization,
         }  # fmt: skip

@@ -63,8 +63,9 @@ step. Every run is a separate process that reads the rows, trains and saves. The
 - Initial values and dropout are each tool's own.
 
 SmolLM2's score is the exact match of greedy decoding, the encoder's is its accuracy; both are computed with stock PEFT
-on each tool's adapter. The learning rate is constant, so the last steps of an encoder are noisy: adapters whose losses
-agree over the run can end up ten or more points apart. A difference on one seed shows nothing, in either direction.
+on each tool's adapter. The learning rate is constant once it is reached, so the last steps of an encoder are noisy:
+adapters whose losses agree over the run can end up ten or more points apart. A difference on one seed shows nothing, in
+either direction.
 
 {page(result)}"""
 
@@ -96,9 +97,10 @@ def _describe(task: dict[str, Any], arms: dict[str, Runs]) -> str:
     run = next(run for runs in arms.values() for run in runs.values())
     seeds = len({seed for runs in arms.values() for seed in runs})
     length = run["tokens"] / (task["rows"] * task["epochs"])
+    warmed = f" after a warm-up of {task['warmup']:.0%} of the steps" if task["warmup"] else ""
     return (
         f"{task['title']}. {task['rows']} rows of {length:.0f} tokens, {task['epochs']} epoch(s), {task['batch']} rows "
-        f"per step, rate {task['rate']:g}, {task['scored']} rows scored, {seeds} seed(s); "
+        f"per step, rate {task['rate']:g}{warmed}, {task['scored']} rows scored, {seeds} seed(s); "
         f"{run['parameters']:,} trained parameters.\n"
     )
 

@@ -44,7 +44,8 @@ class Task:
         score: rows to score.
         epochs: passes over the rows.
         batch: rows of an optimizer step.
-        rate: learning rate, constant.
+        rate: learning rate, constant after the warm-up.
+        warmup: steps of the warm-up, as a share of all.
         quick: what a quick run replaces; None: it leaves the task out.
         quantization: none or nf4.
     """
@@ -64,6 +65,7 @@ class Task:
     rate: float
     quick: dict[str, int] | None
     quantization: str = "none"
+    warmup: float = 0.0
 
     @property
     def classifies(self) -> bool:
@@ -135,8 +137,8 @@ TASKS = {
     for task in (
         Task(
             "encoder-sections", "an encoder classifies: sections of Debian packages", "classification",
-            models.minilm, _sections, CLASSIFIERS, BERT, seeds=5, train=1024, score=900, epochs=4, batch=16, rate=2e-3,
-            quick={"train": 256, "score": 450},
+            models.minilm, _sections, CLASSIFIERS, BERT, seeds=5, train=1024, score=900, epochs=4, batch=16,
+            rate=1.2e-3, quick={"train": 256, "score": 450}, warmup=0.1,
         ),
         Task(
             "completion", "prompt and completion: sections of Debian packages", "completion", models.smollm2,
@@ -145,8 +147,8 @@ TASKS = {
         ),
         Task(
             "encoder-tweets", "an encoder classifies: ratings of tweets", "classification",
-            models.minilm, _tweets, CLASSIFIERS, BERT, seeds=5, train=1024, score=800, epochs=3, batch=16, rate=2e-3,
-            quick={"train": 256, "score": 400},
+            models.minilm, _tweets, CLASSIFIERS, BERT, seeds=5, train=1024, score=800, epochs=3, batch=16,
+            rate=1.2e-3, quick={"train": 256, "score": 400}, warmup=0.1,
         ),
         Task(
             "nf4", "as completion, with the base in NF4", "completion", models.smollm2,

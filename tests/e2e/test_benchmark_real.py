@@ -38,8 +38,8 @@ def _job(task: t.Task, arm: str, folder: Path) -> dict[str, Any]:
     return {
         "arm": arm, "kind": task.kind, "base": str(task.base()), "data": str(data), "folder": str(folder),
         "max_length": real_arms.MAX_LENGTH, "rank": t.RANK, "alpha": t.ALPHA, "targets": task.targets, "clip": t.CLIP,
-        "epochs": task.epochs, "batch": task.batch, "rate": 1e-2, "seed": 3, "order": task.order(3), "rows": 2,
-        "profile": False, "precision": "fp32", "quantization": "none",
+        "epochs": task.epochs, "batch": task.batch, "rate": 1e-2, "warmup": 0, "seed": 3,
+        "order": task.order(3), "rows": 2, "profile": False, "precision": "fp32", "quantization": "none",
     }  # fmt: skip
 
 
@@ -102,8 +102,8 @@ def test_page_begins_with_what_is_missed() -> None:
         "machine": {"processor": "P", "cores": "2", "torch": "1"}, "threads": 1, "precision": "fp32", "quick": True,
         "minutes": 3.0, "left_out": ["chat, seed 0: it may take 9.0 minutes, and 1.0 are left"],
         "tasks": {
-            "completion": {"title": "a task", "rows": 8, "epochs": 1, "batch": 4, "rate": 1e-3, "scored": 4},
-            "chat": {"title": "not run", "rows": 8, "epochs": 1, "batch": 4, "rate": 1e-3, "scored": 4},
+            name: {"title": title, "rows": 8, "epochs": 1, "batch": 4, "rate": 1e-3, "warmup": 0.25, "scored": 4}
+            for name, title in (("completion", "a task"), ("chat", "not run"))
         },
         "runs": {"completion": {"budwood": ours, "trainer": theirs, "trl": {}}, "chat": {"budwood": {}, "trainer": {}}},
         "profiles": {
@@ -126,6 +126,7 @@ def test_page_begins_with_what_is_missed() -> None:
     assert (
         "60% of the time in matrix products, which reach 50% of the matmul rate" in text and "check_plan 1.0 s" in text
     )
+    assert "rate 0.001 after a warm-up of 25% of the steps, 4 rows scored" in text
     assert "not run" not in text and not math.isnan(
         real_page.ratio(result["runs"]["completion"], "trainer", real_page._peak)
     )

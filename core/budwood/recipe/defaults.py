@@ -29,6 +29,10 @@ RATE, WIDTH, POWER = 5e-4, 2000, 0.781
 The fit of "LoRA Without Regret" (Schulman et al., 2025) to Llama models: ten times the rate of full fine-tuning, the
 same at every rank.
 """
+ENCODER_RATE = 2 / 3
+"""Factor of the learning rate of a text encoder that learns classes: its layers normalise after each sum, and more
+runs fail at higher rates (docs/evidence.md).
+"""
 LITTLE = 16
 """Examples per optimizer step below which the learning rate falls with the square root of their number, unless answers
 are short: Adam's rule for small batches (Malladi et al., 2022, "On the SDEs and Scaling Rules for Adaptive Gradient
@@ -79,9 +83,10 @@ def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
         per_epoch = math.ceil(max(facts.tokens, 1) / (train.batch_tokens or 1))
     steps = per_epoch * facts.updates
     short = 0 < facts.labels <= SHORT
+    encoder = facts.encoder and short
     if train.epochs is None and train.steps is None:
         least = next((passes for largest, passes in PASSES if count <= largest), 1)
-        factor = ENCODER if facts.encoder and short else 1
+        factor = ENCODER if encoder else 1
         most = factor * (SHORT_EPOCHS if short else EPOCHS)
         epochs = max(least, min(math.ceil(factor * STEPS / steps), most))
         chosen["epochs"] = epochs
@@ -92,6 +97,8 @@ def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
         told.append(f"an evaluation after {each} (the best adapter is kept)")
     if train.learning_rate is None:
         rate = RATE * (WIDTH / (facts.width or WIDTH)) ** POWER * facts.scale
+        if encoder:
+            rate *= ENCODER_RATE
         if not short:
             rate *= math.sqrt(min((batch_examples or count / per_epoch) / LITTLE, 1.0))
         chosen["learning_rate"] = float(f"{rate:.2g}")

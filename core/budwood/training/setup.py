@@ -62,6 +62,7 @@ from budwood.training.durability.resume import Resume
 from budwood.training.durability.sent import load_state
 from budwood.training.micro_tokens import settle, settle_as_before, shared_out, wanted
 from budwood.training.mixture import balance_load, describe_experts
+from budwood.training.new_head import scale_new_head
 from budwood.training.output import MANIFEST, SKIPPED, make_output, read_manifest
 from budwood.training.packing_check import check_packing
 from budwood.training.parameters import torch_groups, trainable_groups
@@ -232,6 +233,7 @@ def _prepare(
     run.model = run.base.model
     attention.register()
     check_packing(run, report)
+    scale_new_head(run, report)
     adapt_model(run, hooks)
     run.sampler = sample
     if resume is not None:

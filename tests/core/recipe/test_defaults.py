@@ -36,6 +36,12 @@ def test_an_encoder_that_learns_classes_trains_twice_as_long() -> None:
     assert [chosen(count, labels=40.0, encoder=True).epochs for count in (50, 500, 5000)] == [4, 4, 3]
 
 
+def test_the_rate_of_an_encoder_that_learns_classes_is_lower() -> None:
+    assert chosen(500, width=384, labels=1.0).learning_rate == 1.8e-3
+    assert chosen(500, width=384, labels=1.0, encoder=True).learning_rate == 1.2e-3
+    assert chosen(500, width=384, labels=40.0, encoder=True).learning_rate == 1.8e-3
+
+
 def test_free_text_is_seen_less_often() -> None:
     assert [chosen(count, labels=40.0).epochs for count in (50, 500, 5000)] == [4, 4, 3]
 
@@ -103,5 +109,5 @@ def test_the_line_says_what_was_chosen_and_from_what() -> None:
     given = facts(60, labels=1.0, scale=1.5, encoder=True)
     line = choose(TrainSection(epochs=1, warmup=0.0, batch_examples=4), given)[1]
     assert line.startswith("chosen for 60 examples with 1 label each and an encoder of width 576: a learning rate of ")
-    assert "0.002 (1.5 times LoRA's); to change" in line
+    assert "0.0013 (1.5 times LoRA's); to change" in line
     assert "with 1,235 labels each" in choose(TrainSection(), facts(60, labels=1234.6))[1]
