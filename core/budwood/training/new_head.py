@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from budwood.adapters.carried import CarriedAdapter
 from budwood.contract.types import Run
 from budwood.model.classification import Classification
 from budwood.model.evaluation import autocast, batches_of, label_logits
@@ -35,7 +36,8 @@ def scale_new_head(run: Run, report: Any) -> None:
         report: an object with a method `say`.
     """
     weight = _new_weight(run)
-    if weight is None or run.sharded or run.start_adapter is not None:
+    continued = run.start_adapter is not None and not isinstance(run.start_adapter, CarriedAdapter)
+    if weight is None or run.sharded or continued:  # an adapter that is continued brings its head
         return
     logits = _logits(run)
     if len(logits) < 2:

@@ -78,3 +78,16 @@ def test_a_head_of_the_checkpoint_stays(
     AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "with-head")
     tune(classifier(tmp_path / "with-head"))
     assert not [line for line in said if line.startswith("new head: ")]
+
+
+def test_an_adapter_that_is_continued_keeps_its_head(
+    classifier: Callable[..., Recipe], encoder: Path, said: list[str]
+) -> None:
+    first = tune(classifier(encoder, "first"))
+    head = first.trainable[-2:]
+    said.clear()
+    recipe = classifier(encoder, "second").to_dict() | {"adapter": str(first.directory / "adapter")}
+    second = tune(Recipe.from_dict(recipe))
+    assert not [line for line in said if line.startswith("new head: ")]
+    for mine, theirs in zip(second.trainable[-2:], head, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-4)
