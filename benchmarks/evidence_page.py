@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from textwrap import fill
 from typing import Any
 
 METHODS = ("fgm", "pgd", "freelb", "smart", "vat", "neftune")
@@ -265,6 +266,12 @@ def _failed(result: dict[str, Any]) -> str:
     return head + "\n".join(lines) if lines else ""
 
 
+def headed(result: dict[str, Any], part: str, title: str) -> str:
+    """Return a heading, and what is to be known about results that an earlier version of the code gave."""
+    note = result.get("notes", {}).get(part)
+    return f"## ({part}) {title}" + (f"\n\n{fill(f'**{note}**', 120, break_on_hyphens=False)}" if note else "")
+
+
 def _but(runs: dict[int, dict[str, Any]], seeds: set[int]) -> dict[int, dict[str, Any]]:
     return {seed: run for seed, run in runs.items() if seed not in seeds}
 
@@ -285,7 +292,7 @@ def _adversarial(result: dict[str, Any]) -> str:
         head = ["method", "clean", "PGD", "typos", "clean − plain", "PGD − plain", "typos − plain"]
         tables.append(f"`{name}`\n\n" + _table(head, rows))
     shown = "\n\n".join(tables)
-    return f"""## (b) Adversarial training against plain training
+    return f"""{headed(result, "b", "Adversarial training against plain training")}
 
 LoRA of rank 8 on all linears. Attacks: `budwood eval --attack {attacks["pgd"]} --attack {attacks["typos"]}`. pgd and
 freelb use two steps; a step of a method costs up to three plain ones, and all runs of a set have the same number of
@@ -309,7 +316,7 @@ def _distillation(result: dict[str, Any]) -> str:
             [name, "the teacher itself", f"{100 * teacher['clean']:.1f} (one run)" if teacher else "not run", ""]
         )
     table = _table(["set", "student", "accuracy", "with a teacher − this"], rows)
-    return f"""## (c) A student with and without a teacher
+    return f"""{headed(result, "c", "A student with and without a teacher")}
 
 The student is LoRA of rank 8 on the rows of its seed. The teacher is `base+DIR`: LoRA of rank {s["teacher_rank"]},
 trained on all rows of train except those held out for tuning, epochs: {s["teacher_epochs"]}, defaults otherwise. It was
