@@ -72,7 +72,7 @@ class Set:
         read: returns the rows of train and of eval.
         precision: of training and evaluation.
         rows: number of rows that a seed draws.
-        rate: the default's learning rate; the plain arm also tries half of it.
+        rate: learning rate of the arms that are tuned; the plain one also tries half of it.
         methods: adversarial methods that are measured; without any, only AdaLoRA is.
     """
 
