@@ -12,6 +12,14 @@ from tests.processes import run_in_two_processes
 
 ANYWHERE = "from budwood.training import recompute; recompute.check_device = lambda *given: None"
 """Lets inputs of layers be offloaded on the CPU, where only tests do it: the copies are made in place."""
+COUNTED = (
+    "import atexit, torch\n"
+    "from budwood.model.halves.chain import Chain\n"
+    "calls, whole = [], Chain.__call__\n"
+    "Chain.__call__ = lambda self, *given: (calls.append(torch.is_grad_enabled()), whole(self, *given))[1]\n"
+    "atexit.register(lambda: print('evaluations in halves:', False in calls))"
+)
+"""Prints whether a pass without gradients computed in halves."""
 RECOMPUTED: list[dict[str, Any]] = [
     {"gradient_checkpointing": True}, {"gradient_checkpointing": 1},
     {"gradient_checkpointing": True, "activation_offloading": True},
@@ -71,3 +79,20 @@ def test_the_next_layer_is_gathered_before_one_has_computed(tiny_base: Path, tmp
     )
     events = json.loads((tmp_path / "events.json").read_text())
     assert events == ["gather 0", "gather 1", "loss", "gather 1", "gather 0", "backward 1", "backward 0"]
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_an_evaluation_is_that_of_a_replicated_base(folder: Path, tiny_base: Path, quantization: str) -> None:
+    """Its layers compute in halves, from weights that are gathered for each pass."""
+    (folder / "eval.jsonl").write_bytes((folder / "train.jsonl").read_bytes())
+    found: list[dict[str, float]] = []
+    for parallel in ("replicate", "shard"):
+        write_recipe(folder, tiny_base, {"steps": 2, "eval_every": 1, "eval_generate": 0, "parallel": parallel})
+        changed = ["--overwrite", "-o", f"base.quantization={quantization}", "-o", "data.eval=eval.jsonl"]
+        ended = tune_with(folder, 2, COUNTED, changed)
+        assert ended.codes == [0, 0] and "evaluations in halves: True" in ended.output, ended.output
+        lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        found.append({str(row["step"]): row["eval_loss"] for row in rows if "eval_loss" in row})
+    replicated, sharded = found
+    assert len(replicated) > 1 and sharded == pytest.approx(replicated, rel=1e-5)
