@@ -227,7 +227,7 @@ def _arguments(job: Job, rows: int) -> dict[str, Any]:
         "gradient_accumulation_steps": job["batch"] // rows,
         "max_steps": len(job["order"]) // job["batch"],
         "learning_rate": job["rate"],
-        "lr_scheduler_type": "constant_with_warmup" if job["warmup"] else "constant",
+        "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": job["warmup"],
         "max_grad_norm": job["clip"],
         "bf16": job["precision"] == "bf16",

@@ -87,11 +87,9 @@ class LiveModule:
         update, bias = adapter.updates.get(self.path), adapter.biases.get(self.path)
         if self.path in adapter.modules or not (update is None or update.is_product):
             return None
-        return (
-            Part(self.module, bias=bias)
-            if update is None
-            else Part(self.module, update.a, update.b, update.scaling, bias=bias)
-        )
+        if update is None:
+            return Part(self.module, bias=bias)
+        return Part(self.module, update.a, update.b, update.scaling, bias=bias)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return the base's forward of the module's copy: a copy has no adapters."""

@@ -31,7 +31,7 @@ same at every rank.
 """
 ENCODER_RATE = 2 / 3
 """Factor of the learning rate of a text encoder that learns classes: its layers normalise after each sum, and more
-runs fail at higher rates (docs/evidence.md).
+runs fail at higher rates (docs/decisions.md).
 """
 LITTLE = 16
 """Examples per optimizer step below which the learning rate falls with the square root of their number, unless answers

@@ -10,7 +10,6 @@ learned anything. So the weight is scaled by the spread of its logits on some ex
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,13 +26,10 @@ OFFSET = 1.0
 EXAMPLES = 32
 
 
-def scale_new_head(run: Run, report: Any) -> None:
+def scale_new_head(run: Run) -> None:
     """Multiply the weight of a new classification head by a power of two, if its logits vary less than `SPREAD`.
 
     The factor is a power of two, so that it does not depend on roundings, and neither does a resumed run.
-
-    Args:
-        report: an object with a method `say`.
     """
     weight = _new_weight(run)
     continued = run.start_adapter is not None and not isinstance(run.start_adapter, CarriedAdapter)
@@ -49,29 +45,23 @@ def scale_new_head(run: Run, report: Any) -> None:
     if factor > 1:
         with torch.no_grad():
             weight.mul_(factor)
-        report.say(f"new head: its weight is multiplied by {factor}, as its logits hardly depend on the input")
+        run.say(f"new head: its weight is multiplied by {factor}, as its logits hardly depend on the input")
 
 
 def _new_weight(run: Run) -> Tensor | None:
     """Return the weight [classes, d] that makes the logits, if it is not in the checkpoint and a head has one."""
     if not isinstance(run.task, Classification):
         return None
-    heads, model = run.task.head_modules(run.model), run.model
-    inside = [name for name in run.base.new if any(name == head or name.startswith(f"{head}.") for head in heads)]
-    found = [model.get_parameter(name) for name in inside if name.endswith("weight")]
-    found = [weight for weight in found if weight.dim() == 2 and len(weight) == len(run.examples.labels)]
+    heads = tuple(f"{head}." for head in run.task.head_modules(run.model))
+    new = [run.model.get_parameter(name) for name in run.base.new if name.startswith(heads) and name.endswith("weight")]
+    found = [weight for weight in new if weight.dim() == 2 and len(weight) == len(run.examples.labels)]
     return found[0] if len(found) == 1 else None
 
 
 def _logits(run: Run) -> Tensor:
-    """Return the logits [n, classes] of some examples, fp32."""
+    """Return the logits [n, classes] of some examples, fp32; the model is in eval mode until its first step."""
     count = min(EXAMPLES, len(run.examples))
     chosen = [i * len(run.examples) // count for i in range(count)]
-    training = run.model.training
-    run.model.eval()
-    try:
-        with torch.no_grad(), autocast(run):
-            batches = batches_of(run, chosen)
-            return torch.cat([part for batch in batches for _, part in label_logits(run.task, run, batch, None)])
-    finally:
-        run.model.train(training)
+    with torch.no_grad(), autocast(run):
+        batches = batches_of(run, chosen)
+        return torch.cat([part for batch in batches for _, part in label_logits(run.task, run, batch, None)])

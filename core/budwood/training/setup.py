@@ -233,7 +233,7 @@ def _prepare(
     run.model = run.base.model
     attention.register()
     check_packing(run, report)
-    scale_new_head(run, report)
+    scale_new_head(run)
     adapt_model(run, hooks)
     run.sampler = sample
     if resume is not None:
