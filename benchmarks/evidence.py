@@ -111,7 +111,7 @@ def _trial(rate: float | None, *strategies: Any) -> dict[str, Any]:
 def _encoder(
     title: str, read: Callable[[], tuple[list[dict[str, Any]], list[dict[str, Any]]]], methods: tuple[str, ...] = ()
 ) -> Set:
-    return Set(title, "MiniLM", models.minilm, read, "fp32", 256, 1.8e-3, methods)
+    return Set(title, "MiniLM", models.minilm, read, "fp32", 256, 1.2e-3, methods)
 
 
 def _sections() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from textwrap import fill
 from typing import Any
 
 METHODS = ("fgm", "pgd", "freelb", "smart", "vat", "neftune")
@@ -121,6 +120,11 @@ def criteria(arm: str) -> tuple[str, ...]:
     return ("clean", "robust") if arm == "plain" else ("robust",) if arm in ATTACKED else ("clean",)
 
 
+def _two_rates(result: dict[str, Any], name: str) -> bool:
+    """Return whether the plain arm's two criteria chose different trials of a set."""
+    return best_trial(result, name, "plain", "clean") != best_trial(result, name, "plain", "robust")
+
+
 def _seeds(result: dict[str, Any]) -> str:
     """Format the number of seeds per arm, and whether some are missing."""
     seeds = [
@@ -211,9 +215,11 @@ def _summary(result: dict[str, Any]) -> str:
                 methods = [method for method, d in differences.items() if d.verdict == verdict]
                 parts += [f"{verdict}: {', '.join(methods)}"] if methods else []
             lines.append(f"- Adversarial methods against plain training, {label} on `{name}`: {'; '.join(parts)}.")
-    for by, rate in (("clean", ""), ("robust", " at the rate chosen in (b)")):
-        compared = _compare(result, _tuned(result), "taught", "plain", by)
-        lines.append(f"- Student with a teacher against without{rate}: {compared}")
+    lines.append("- Student with a teacher against without: " + _compare(result, _tuned(result), "taught", "plain"))
+    two = [name for name in _tuned(result) if _two_rates(result, name)]
+    if two:
+        compared = _compare(result, two, "taught", "plain", "robust")
+        lines.append(f"- Student with a teacher against without at the rate chosen in (b): {compared}")
     return "\n".join(lines)
 
 
@@ -266,12 +272,6 @@ def _failed(result: dict[str, Any]) -> str:
     return head + "\n".join(lines) if lines else ""
 
 
-def headed(result: dict[str, Any], part: str, title: str) -> str:
-    """Return a heading, and what is to be known about results that an earlier version of the code gave."""
-    note = result.get("notes", {}).get(part)
-    return f"## ({part}) {title}" + (f"\n\n{fill(f'**{note}**', 120, break_on_hyphens=False)}" if note else "")
-
-
 def _but(runs: dict[int, dict[str, Any]], seeds: set[int]) -> dict[int, dict[str, Any]]:
     return {seed: run for seed, run in runs.items() if seed not in seeds}
 
@@ -286,18 +286,25 @@ def _adversarial(result: dict[str, Any]) -> str:
             runs = finals(result, name, arm, "robust")
             row = [arm, *(spread(runs, metric) for metric in METRICS)]
             rows.append(row + ["" if arm == "plain" else str(Difference(runs, plain, m)) for m in METRICS])
-        milder = finals(result, name, "plain", "clean")
-        row = ["plain, chosen by clean accuracy", *(spread(milder, metric) for metric in METRICS)]
-        rows.insert(1, row + [str(Difference(milder, plain, m)) for m in METRICS])
+        if _two_rates(result, name):
+            milder = finals(result, name, "plain", "clean")
+            row = ["plain, chosen by clean accuracy", *(spread(milder, metric) for metric in METRICS)]
+            rows.insert(1, row + [str(Difference(milder, plain, m)) for m in METRICS])
         head = ["method", "clean", "PGD", "typos", "clean − plain", "PGD − plain", "typos − plain"]
         tables.append(f"`{name}`\n\n" + _table(head, rows))
     shown = "\n\n".join(tables)
-    return f"""{headed(result, "b", "Adversarial training against plain training")}
+    steps = "; ".join(
+        f"`{name}` {counts(finals(result, name, 'plain', 'robust'), 'steps')} steps, in (a) "
+        f"{counts(finals(result, name, 'lora', 'clean'), 'steps')}"
+        for name in _tuned(result)
+    )
+    return f"""## (b) Adversarial training against plain training
 
 LoRA of rank 8 on all linears. Attacks: `budwood eval --attack {attacks["pgd"]} --attack {attacks["typos"]}`. pgd and
 freelb use two steps; a step of a method costs up to three plain ones, and all runs of a set have the same number of
 steps. If the plain rate scores worse here than the one chosen by clean accuracy, that is tuning noise, and it favours
-the methods.
+the methods. Runs are as long as these epochs, not as the defaults would make them, and plain training differs from (a)
+by that: {steps}.
 
 {shown}"""
 
@@ -307,7 +314,8 @@ def _distillation(result: dict[str, Any]) -> str:
     rows = []
     for name in _tuned(result):
         taught = finals(result, name, "taught", "clean")
-        for shown, by in (("without", "clean"), ("without, at the rate chosen in (b)", "robust")):
+        second = [("without, at the rate chosen in (b)", "robust")] if _two_rates(result, name) else []
+        for shown, by in [("without", "clean"), *second]:
             without = finals(result, name, "plain", by)
             rows.append([name, shown, spread(without, "clean"), str(Difference(taught, without, "clean"))])
         rows.append([name, "with", spread(taught, "clean"), ""])
@@ -316,7 +324,7 @@ def _distillation(result: dict[str, Any]) -> str:
             [name, "the teacher itself", f"{100 * teacher['clean']:.1f} (one run)" if teacher else "not run", ""]
         )
     table = _table(["set", "student", "accuracy", "with a teacher − this"], rows)
-    return f"""{headed(result, "c", "A student with and without a teacher")}
+    return f"""## (c) A student with and without a teacher
 
 The student is LoRA of rank 8 on the rows of its seed. The teacher is `base+DIR`: LoRA of rank {s["teacher_rank"]},
 trained on all rows of train except those held out for tuning, epochs: {s["teacher_epochs"]}, defaults otherwise. It was

@@ -115,7 +115,9 @@ class Benchmark:
             if settings != self.settings.get(name, settings):
                 raise SystemExit(f"error: {path}: the task {name} had other settings: {settings}; use another --out")
         for part in ("tasks", "runs", "profiles"):
-            self.result[part] |= earlier[part]
+            self.result[part] = earlier[part] | self.result[part]
+        names = [task.name for task in self.tasks]
+        self.result["left_out"] = [text for text in earlier["left_out"] if not any(name in text for name in names)]
         self.earlier = earlier["minutes"]
         for name, arms in earlier["runs"].items():
             # A round that was cut short is measured again, so that its arms follow one another.

@@ -6,7 +6,7 @@ import statistics
 from textwrap import fill
 from typing import Any
 
-from benchmarks.evidence_page import Difference, headed, spread
+from benchmarks.evidence_page import Difference, spread
 
 ARMS = {"without": "a new adapter", "with": "the adapter of masked-lm, continued"}
 READING = (
@@ -60,7 +60,7 @@ def section(result: dict[str, Any]) -> str:
         f"whose labels no final run sees. The score is that of all {settings['eval']} rows of eval, 15 classes. "
         "Percent, mean ± standard deviation over seeds; the difference is paired by seed, with a verdict as above."
     )
-    return f"""{headed(result, "g", "Masked language modelling before a classification")}
+    return f"""## (g) Masked language modelling before a classification
 
 By `python -m benchmarks.transfer`; raw results in [benchmarks/transfer.json](benchmarks/transfer.json).
 {machine["processor"]}, one thread; {versions}; {seconds / 60:.0f} minutes of processor time.

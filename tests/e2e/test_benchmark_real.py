@@ -169,6 +169,12 @@ def test_resume_keeps_whole_rounds_and_repeats_others(tmp_path: Path, monkeypatc
     monkeypatch.setattr(second, "_profile", lambda task: None)
     second.run()
     assert rounds == [1, 2]
+    earlier = json.loads(out.read_text(encoding="utf-8"))
+    out.write_text(json.dumps({**earlier, "left_out": ["completion, seed 2: late", "nf4, seed 1: late"]}))
+    both = real.Benchmark([t.TASKS["nf4"], task], options, tmp_path)
+    assert list(both.result["runs"]) == ["completion", "nf4"] == list(both.result["tasks"])  # in the earlier order
+    third = real.Benchmark([task], options, tmp_path)
+    assert third.result["left_out"] == ["nf4, seed 1: late"]  # what it does not try is not forgotten
     options.threads = 2
     with pytest.raises(SystemExit, match="threads was 1, now 2; use another --out"):
         real.Benchmark([task], options, tmp_path)

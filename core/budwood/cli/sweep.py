@@ -7,13 +7,17 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from budwood.cli.options import AllowCode
 from budwood.cli.streams import echo, echo_json
 from budwood.errors import plural
+
+if TYPE_CHECKING:
+    from budwood.recipe.schema import Recipe
+    from budwood.sweeps.space import Field
 
 LOWER = ("loss", "perplexity", "error", "mae", "mse", "rmse", "wer", "cer", "kl", "length")
 """Words of metrics of which lower is better, unless the task says otherwise."""
@@ -94,7 +98,7 @@ def sweep(
     run.say(f"{metric}, {better} is better; {plural(len(fields), 'field')}; trials in {directory / 'trials'}")
     if not new:
         run.say(f"continues a sweep of {plural(counted(opened), 'trial')}")
-    if prune and loaded.train.eval_every is None and loaded.train.steps is not None:
+    if prune and _evaluated_at_the_end(loaded, fields):
         run.say("note: trials are evaluated only at their end, so none is stopped early: set train.eval_every")
     try:
         run.run()
@@ -122,6 +126,14 @@ def sweep(
     if tested is not None:
         echo("test: " + ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in tested.items()))
     echo(f"table: {directory / TABLE} · best recipe: {directory / BEST}")
+
+
+def _evaluated_at_the_end(recipe: Recipe, fields: Sequence[Field]) -> bool:
+    """Return whether no trial is evaluated during its run: it is each epoch if epochs are chosen, or with patience."""
+    train, searched = recipe.train, {field.key for field in fields}
+    if train.eval_every or train.patience or searched & {"train.eval_every", "train.patience"}:
+        return False
+    return bool(train.steps or train.epochs or searched & {"train.steps", "train.epochs"})
 
 
 def _check(recipe: Path, overrides: Sequence[str], directory: Path, allow_code: bool) -> None:

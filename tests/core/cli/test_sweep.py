@@ -8,7 +8,9 @@ import pytest
 pytest.importorskip("optuna")
 
 from budwood.cli.app import run as command
+from budwood.cli.sweep import _evaluated_at_the_end
 from budwood.recipe.schema import load_recipe
+from budwood.sweeps.space import Field
 
 
 @pytest.fixture
@@ -66,6 +68,23 @@ def test_bad_input(recipe: Path, arguments: list[str], message: str, capsys: pyt
     assert command(["sweep", str(recipe), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "searched", "told"),
+    [
+        ("train.steps=2", "lora.rank", True),
+        ("train.epochs=2", "lora.rank", True),
+        ("train.steps=null", "train.epochs", True),
+        ("train.steps=null", "lora.rank", False),  # epochs are chosen, and an evaluation after each
+        ("train.eval_every=1", "lora.rank", False),
+        ("train.steps=2", "train.eval_every", False),
+    ],
+)
+def test_it_says_if_no_trial_can_stop_early(recipe: Path, override: str, searched: str, told: bool) -> None:
+    given = [override] if "epochs" not in override else ["train.steps=null", override]
+    field = Field(searched, f"-s {searched}=2,4", (2, 4))
+    assert _evaluated_at_the_end(load_recipe(recipe, given), [field]) is told
 
 
 def test_without_optuna(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
