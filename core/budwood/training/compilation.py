@@ -51,6 +51,17 @@ def compile_ops(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str
     return " · compiled ops"
 
 
+def unused(recipe: Recipe) -> str:
+    """Return a note if a run asks for compiled ops and has computed none so far, else ""."""
+    if not recipe.train.compile or kernels.compiled_ops():
+        return ""
+    return (
+        f"note: {FIELD} changes nothing so far: the first step had no norm, rotary embedding, gated activation or "
+        f"cross-entropy that is compiled, on at least {kernels.LEAST:,} numbers: leave it out, or raise "
+        "train.micro_tokens"
+    )
+
+
 def _missing_compiler() -> str:
     """Return why torch finds no C++ compiler, or ""."""
     from torch._inductor import exc

@@ -22,6 +22,7 @@ from budwood.parallel.processes import Processes
 from budwood.parallel.together import together
 from budwood.recipe.schema import Recipe, load_recipe
 from budwood.training.batches import StepBatches, optimizer_steps
+from budwood.training.compilation import unused
 from budwood.training.durability.checkpoint import NotSavedError, Saver
 from budwood.training.durability.lock import locked
 from budwood.training.durability.resume import Resume, find_resume
@@ -178,11 +179,14 @@ def take_steps(
     run.optimizer.zero_grad(set_to_none=True)
     if run.step and not between_steps(run, hooks, report, progress, saver, signals):
         return
+    begun = run.step
     for step, counts in optimizer_steps(run, hooks, progress):
         metrics = train_step(run, hooks, engine, progress, step, counts)
         run.metrics |= {**metrics, "skipped": run.metrics.get("skipped", 0.0) + metrics["skipped"]}
         report.step(run.step, int(counts["token"]), metrics)
         hooks.notify(Event("step", run.step, metrics), report.say)
+        if run.step == begun + 1 and (note := unused(run.recipe)):
+            report.say(note)
         if not between_steps(run, hooks, report, progress, saver, signals):
             return
 

@@ -49,7 +49,7 @@ def test_without_a_compiler_it_is_refused(
 
 @pytest.mark.compiled
 def test_a_compiled_run_is_the_same_up_to_rounding(
-    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every op is compiled, and each step's loss is that of torch's ops within ten roundings of fp32."""
     ops = importlib.import_module("budwood.model.ops.kernels.compiled")
@@ -65,7 +65,7 @@ def test_a_compiled_run_is_the_same_up_to_rounding(
     tune(make_recipe("plain"))
     assert calls == []
     tune(make_recipe("compiled", train={"compile": True}))
-    assert kernels.problems == []
+    assert kernels.problems == [] and "changes nothing" not in capsys.readouterr().err
     assert kernels.implementation("rms_norm", torch.empty(8)) is None  # the next run of the process is another
     in_model = {name for name, width in calls if width not in (16, 96, 200, 4173)}  # others are those of the checks
     assert {"_norm", "_norm_gradient", "_gate", "_gate_gradients", "_entropy", "_entropy_gradient"} <= in_model
@@ -73,6 +73,9 @@ def test_a_compiled_run_is_the_same_up_to_rounding(
     plain, compiled = (losses(tmp_path / name) for name in ("plain", "compiled"))
     assert len(plain) == 4
     assert compiled == pytest.approx(plain, rel=1e-6)
+    monkeypatch.setattr(kernels, "LEAST", 1 << 40)
+    tune(make_recipe("small", train={"compile": True}))
+    assert capsys.readouterr().err.count("note: train.compile changes nothing so far: the first step had no norm") == 1
 
 
 def losses(folder: Path) -> list[float]:

@@ -30,6 +30,7 @@ LEAST = 1 << 15
 problems: list[str] = []
 """One line for each kernel that is not used although the device could run it."""
 _compiles = False
+_compiled: set[str] = set()
 
 
 def prepare(device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -48,6 +49,12 @@ def compile_ops(on: bool) -> None:
     """Let CPUs compute large ops with compiled C++ from now on in this process, or no longer."""
     global _compiles
     _compiles = on
+    _compiled.clear()
+
+
+def compiled_ops() -> set[str]:
+    """Return the ops that compiled code has computed since `compile_ops`, outside of plans and checks."""
+    return set(_compiled)
 
 
 def prepare_compiled(dtype: torch.dtype) -> list[str]:
@@ -80,6 +87,8 @@ def implementation(name: str, tensor: Tensor, dtype: torch.dtype | None = None) 
         return planned if kind == "cuda" or compiles else None
     if tensor.device.type == "meta" or not _passes(name, tensor.device, dtype):
         return None
+    if compiles:
+        _compiled.add(name)
     return _functions(tensor.device)
 
 
