@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,8 +91,7 @@ def main() -> None:
     compiled = [torch.compile(layer, dynamic=False) for layer in other]
     for length in chosen.lengths:
         x = torch.randn(ROWS, length, WIDTH, dtype=dtype, requires_grad=True)
-        alone = products(ROWS * length, dtype)
-        calls: list[Callable[[], None]] = [alone, lambda x=x: passes(plain, x), lambda x=x: passes(compiled, x)]
+        calls = [products(ROWS * length, dtype), partial(passes, plain, x), partial(passes, compiled, x)]
         for call in 3 * calls:  # compiles, and warms up
             call()
         taken = [[seconds(call) for call in calls] for _ in range(chosen.pairs)]

@@ -129,11 +129,12 @@ def sweep(
 
 
 def _evaluated_at_the_end(recipe: Recipe, fields: Sequence[Field]) -> bool:
-    """Return whether no trial is evaluated during its run: it is each epoch if epochs are chosen, or with patience."""
-    train, searched = recipe.train, {field.key for field in fields}
-    if train.eval_every or train.patience or searched & {"train.eval_every", "train.patience"}:
-        return False
-    return bool(train.steps or train.epochs or searched & {"train.steps", "train.epochs"})
+    """Return whether no trial is evaluated during its run; the fields that are searched have a value in each."""
+    from budwood.recipe.defaults import evaluates_each_epoch
+
+    searched = {field.key.removeprefix("train."): 1 for field in fields if field.key.startswith("train.")}
+    train = recipe.train.model_copy(update=searched)
+    return train.eval_every is None and not evaluates_each_epoch(train)
 
 
 def _check(recipe: Path, overrides: Sequence[str], directory: Path, allow_code: bool) -> None:

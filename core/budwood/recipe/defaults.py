@@ -67,6 +67,11 @@ class Facts:
     updates: int = 1
 
 
+def evaluates_each_epoch(train: TrainSection) -> bool:
+    """Return whether a run with rows for evaluation is evaluated after each epoch unless the recipe says otherwise."""
+    return train.eval_every is None and (train.patience is not None or (train.epochs is None and train.steps is None))
+
+
 def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
     """Return a recipe's `train` section with every value set, and a line about the choices; empty if there are none."""
     chosen: dict[str, float] = {}
@@ -91,7 +96,7 @@ def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
         epochs = max(least, min(math.ceil(factor * STEPS / steps), most))
         chosen["epochs"] = epochs
         told.append(plural(epochs, "epoch"))
-    if facts.evaluated and train.eval_every is None and ("epochs" in chosen or train.patience is not None):
+    if facts.evaluated and evaluates_each_epoch(train):
         chosen["eval_every"] = steps
         each = "each" if "epochs" in chosen else "each epoch"
         told.append(f"an evaluation after {each} (the best adapter is kept)")

@@ -53,7 +53,7 @@ def compile_ops(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str
 
 def unused(recipe: Recipe) -> str:
     """Return a note if a run asks for compiled ops and has computed none so far, else ""."""
-    if not recipe.train.compile or kernels.compiled_ops():
+    if not recipe.train.compile or kernels.has_compiled():
         return ""
     return (
         f"note: {FIELD} changes nothing so far: the first step had no norm, rotary embedding, gated activation or "

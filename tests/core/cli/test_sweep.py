@@ -71,20 +71,20 @@ def test_bad_input(recipe: Path, arguments: list[str], message: str, capsys: pyt
 
 
 @pytest.mark.parametrize(
-    ("override", "searched", "told"),
+    ("overrides", "searched", "told"),
     [
         ("train.steps=2", "lora.rank", True),
-        ("train.epochs=2", "lora.rank", True),
+        ("train.steps=null train.epochs=2", "lora.rank", True),
         ("train.steps=null", "train.epochs", True),
         ("train.steps=null", "lora.rank", False),  # epochs are chosen, and an evaluation after each
         ("train.eval_every=1", "lora.rank", False),
         ("train.steps=2", "train.eval_every", False),
+        ("train.steps=null train.epochs=2", "train.patience", False),
     ],
 )
-def test_it_says_if_no_trial_can_stop_early(recipe: Path, override: str, searched: str, told: bool) -> None:
-    given = [override] if "epochs" not in override else ["train.steps=null", override]
+def test_it_says_if_no_trial_can_stop_early(recipe: Path, overrides: str, searched: str, told: bool) -> None:
     field = Field(searched, f"-s {searched}=2,4", (2, 4))
-    assert _evaluated_at_the_end(load_recipe(recipe, given), [field]) is told
+    assert _evaluated_at_the_end(load_recipe(recipe, overrides.split()), [field]) is told
 
 
 def test_without_optuna(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -30,7 +30,7 @@ LEAST = 1 << 15
 problems: list[str] = []
 """One line for each kernel that is not used although the device could run it."""
 _compiles = False
-_compiled: set[str] = set()
+_has_compiled = False
 
 
 def prepare(device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -47,14 +47,13 @@ def prepare(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 def compile_ops(on: bool) -> None:
     """Let CPUs compute large ops with compiled C++ from now on in this process, or no longer."""
-    global _compiles
-    _compiles = on
-    _compiled.clear()
+    global _compiles, _has_compiled
+    _compiles, _has_compiled = on, False
 
 
-def compiled_ops() -> set[str]:
-    """Return the ops that compiled code has computed since `compile_ops`, outside of plans and checks."""
-    return set(_compiled)
+def has_compiled() -> bool:
+    """Return whether compiled code has computed an op since `compile_ops`, outside of plans and checks."""
+    return _has_compiled
 
 
 def prepare_compiled(dtype: torch.dtype) -> list[str]:
@@ -77,6 +76,7 @@ def implementation(name: str, tensor: Tensor, dtype: torch.dtype | None = None) 
         tensor: an operand, which determines the device.
         dtype: that of the computation; by default that of the operand.
     """
+    global _has_compiled
     kind, dtype = device_type(tensor), dtype or tensor.dtype
     compiles = kind == "cpu" and _compiles and name != "dequantize_4bit" and tensor.numel() >= LEAST
     if (kind != "cuda" and not INTERPRETED and not compiles) or dtype not in DTYPES:
@@ -87,8 +87,7 @@ def implementation(name: str, tensor: Tensor, dtype: torch.dtype | None = None) 
         return planned if kind == "cuda" or compiles else None
     if tensor.device.type == "meta" or not _passes(name, tensor.device, dtype):
         return None
-    if compiles:
-        _compiled.add(name)
+    _has_compiled |= compiles
     return _functions(tensor.device)
 
 
