@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from budwood.model.quiet import silence_libraries
-from budwood.planning.devices import Device
 from budwood.planning.estimate import estimate
+from budwood.planning.options import Device
 from budwood.recipe.schema import Recipe
 from budwood.testing.allocations import measured_peak
 from budwood.testing.files import save_tokenizer, tiny_encoder

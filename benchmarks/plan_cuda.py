@@ -21,8 +21,9 @@ import torch
 
 from benchmarks.plan import DOCS, SHAPES, build, describe_base, write_rows
 from budwood.model.quiet import silence_libraries
-from budwood.planning.devices import CONTEXT, find_device
+from budwood.planning.devices import find_device
 from budwood.planning.estimate import estimate
+from budwood.planning.options import CONTEXT
 from budwood.testing.allocations import measured_peak_cuda
 
 ALLOCATED, RESERVED = 0.05, 0.10

@@ -74,8 +74,8 @@ def main() -> None:
 
 def measure(case: dict[str, Any], root: Path, rows: dict[str, Path], count: int) -> dict[str, Any]:
     """Plan a case, run it in `count` processes, and return what both say of the process with the most."""
-    from budwood.planning.devices import Device
     from budwood.planning.estimate import estimate
+    from budwood.planning.options import Device
 
     recipe = build(case, root / "base", rows, root / "run")
     planned = estimate(recipe, Device("this machine", "cpu", 1 << 40), processes=count)

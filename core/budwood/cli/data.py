@@ -26,7 +26,16 @@ def data(
     """Show what training will see: examples with their loss mask, lengths, and what is truncated or dropped."""
     from rich.console import Console
 
+    from budwood.model.checkpoint import one_revision
+    from budwood.model.checks import check_base
+    from budwood.recipe.schema import build_composition
+    from budwood.training.preflight import check_data
+
     loaded = read_given(recipe, base, override or [])
+    strategies = build_composition(loaded).strategies if base is None else []
+    check_data(loaded, strategies)  # before torch is imported, which takes seconds
+    with one_revision(loaded.base.model, loaded.base.revision):
+        check_base(loaded.base.model, loaded.base.quantization, loaded.base.trust_remote_code)
     with uncollected():
         from budwood.cli.streams import Output
         from budwood.data.build import build_examples
@@ -35,7 +44,6 @@ def data(
         from budwood.data.sources import locate
         from budwood.data.unused import columns_read
         from budwood.data.use import check_use
-        from budwood.model.checkpoint import one_revision
         from budwood.model.limits import check_fits, default_length
         from budwood.recipe.data import (
             chat_note,
@@ -45,7 +53,6 @@ def data(
             recipe_task,
             recipe_tokenizer,
         )
-        from budwood.recipe.schema import build_composition
         from budwood.training.encoding import encoding
         from budwood.training.run_data import choose_for, split_held_out
 
@@ -55,7 +62,6 @@ def data(
         tokenizer = recipe_tokenizer(loaded) if task.needs_tokenizer else None
         model = recipe_limits(loaded, task.auto_class, tokenizer)
     loaded = loaded.with_length(default_length(model))
-    strategies = build_composition(loaded).strategies if base is None else []
     options = {"tokenizer": tokenizer, "task": task, "read": columns_read(strategies), **encoding_options(loaded)}
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     found = locate(loaded.data.train)

@@ -77,7 +77,9 @@ def plan(
     from budwood.cli.streams import Output
     from budwood.errors import BudwoodError, InputError, ResourceError
     from budwood.planning.early import look
+    from budwood.planning.options import allowed, fit_name, named_device, parse_link
     from budwood.planning.waiting import PlanningProcess, saves_time
+    from budwood.recipe.device import stated_kind
     from budwood.untrusted.redaction import shorten
 
     if composition and any(given is not None for given in (device, tokens, fits, processes)):
@@ -94,8 +96,14 @@ def plan(
         raise InputError("--allow and --write need --fit.")
     if write is not None and write.exists():
         raise InputError(f"--write: {write} exists: name another file.")
+    permitted, bandwidth = allowed(allow), None if link is None else parse_link(link)
+    kind = None
+    if fits is not None or device is not None:
+        wanted, option = (device, "--device") if device is not None else (fit_name(fits or "", "cuda"), "--fit")
+        named = named_device(wanted, option)
+        kind = named.kind if named is not None else stated_kind(wanted)
     overrides = [*(override or []), *([f"train.parallel={parallel}"] if parallel else [])]
-    early = look(recipe, overrides, without_data=tokens is not None, rows=not composition)
+    early = look(recipe, overrides, without_data=tokens is not None, rows=not composition, kind=kind)
     if tokens is None and any("data." in text and "no such file" in text for text in early.problems.texts):
         echo("note: --tokens 2048 plans without data, for micro-batches of so many tokens", err=True)
     if early.problems.texts:
@@ -104,13 +112,11 @@ def plan(
         with uncollected():
             from budwood.planning.composition import plan as make_plan
             from budwood.planning.composition import show_plan
-            from budwood.planning.devices import parse_link
-            from budwood.planning.fit import allowed, fit
+            from budwood.planning.fit import fit
             from budwood.planning.frontier import draw, fit_device, free_path, show_fit, write_recipe
             from budwood.planning.process import estimate_in_process, find_device, shared_device
             from budwood.planning.table import show_estimate
 
-        permitted, bandwidth = allowed(allow), None if link is None else parse_link(link)
         chosen = fit_device(fits) if fits is not None else None if device is None else find_device(device)
         run_plan = make_plan(recipe, overrides, allow_code, without_data=tokens is not None)
         error: BudwoodError | None = None

@@ -53,6 +53,7 @@ def tune(
     from budwood.errors import InputError
     from budwood.parallel.processes import Processes
     from budwood.parallel.refusals import refuse_engines, without_effect
+    from budwood.planning.options import allowed, fit_name, named_device
 
     if accept_changes and not resume:
         raise InputError("--accept-changes needs --resume.")
@@ -63,6 +64,9 @@ def tune(
             "--fit chooses settings for a new run, and a resumed one keeps its own: resume with the recipe.yaml in the "
             "output folder, without --fit."
         )
+    permitted = allowed(allow)
+    if fits is not None:
+        named_device(fit_name(fits, "cuda"), "--fit")
     world = Processes.from_environment()
     refuse_engines()
     if world.first:
@@ -72,14 +76,20 @@ def tune(
             "--fit searches in one process: write the recipe that fits with budwood plan --fit, and start that one."
         )
     loaded = read_given(recipe, base, override or []).allowing_code(allow_code)
-    run = _tune(loaded, overwrite, resume, accept_changes, profile, fits, allow)
+    run = _tune(loaded, overwrite, resume, accept_changes, profile, fits, permitted)
     if as_json and world.first:
         metrics = {"before": json_numbers(run.before), "metrics": json_numbers(run.metrics)}
         echo_json({**metrics, "output": str(run.directory)})
 
 
 def _tune(
-    loaded: Recipe, overwrite: bool, resume: bool, accept_changes: bool, profile: bool, fits: str | None, allow: str
+    loaded: Recipe,
+    overwrite: bool,
+    resume: bool,
+    accept_changes: bool,
+    profile: bool,
+    fits: str | None,
+    allow: set[str],
 ) -> Run:
     from budwood.training.output import after_restart
     from budwood.training.preflight import preflight
@@ -91,10 +101,9 @@ def _tune(
         from budwood.training.report import process_age
 
     if fits is not None:
-        from budwood.planning.fit import allowed
         from budwood.planning.frontier import fit_run
 
-        loaded = fit_run(loaded, fits, allowed(allow), lambda line: echo(line, err=True))
+        loaded = fit_run(loaded, fits, allow, lambda line: echo(line, err=True))
     return run_recipe(
         loaded, overwrite=overwrite, resume=resume, accept_changes=accept_changes, profile=profile,
         before=process_age(),
@@ -133,13 +142,13 @@ def eval_(
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
     """Evaluate an adapter on data: loss and the task's metrics, with and without the adapter."""
-    with uncollected():
-        from budwood.training.evaluate import evaluate_adapter
+    from budwood.training.evaluation_inputs import read_inputs
 
-    result = evaluate_adapter(
-        adapter, data, base, quantization, precision, max_length, generate, attack or [],
-        device=device, allow_other_base=allow_other_base,
-    )  # fmt: skip
+    inputs = read_inputs(adapter, data, base, quantization, max_length, generate, attack or [])
+    with uncollected():
+        from budwood.training.evaluate import evaluate
+
+    result = evaluate(inputs, quantization, precision, device, allow_other_base)
     if as_json:
         attacks = {text: json_numbers(values) for text, values in result.attacks.items()}
         metrics = {"adapter": json_numbers(result.adapter), "attacks": attacks, "base": json_numbers(result.base)}

@@ -79,7 +79,8 @@ def estimate_here(run: Run, free: int) -> Estimate:
     Raises:
         BudwoodError: see `estimate_in_process`.
     """
-    from budwood.planning.devices import CONTEXT, find_device
+    from budwood.planning.devices import find_device
+    from budwood.planning.options import CONTEXT
     from budwood.planning.process import estimate_in_process
 
     cuda = run.device.type == "cuda"

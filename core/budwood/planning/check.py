@@ -25,11 +25,10 @@ from budwood.planning.early import Problems
 from budwood.planning.estimate import Estimate, gib, refusal
 from budwood.planning.table import span
 from budwood.recipe.data import recipe_task
+from budwood.recipe.device import check_device
 from budwood.recipe.schema import Recipe, build_composition
-from budwood.training import compilation
 from budwood.training.durability.changes import pinned_versions, version
 from budwood.training.output import check_output
-from budwood.training.recompute import check_device
 from budwood.training.report import Report
 from budwood.training.run_data import read_data
 from budwood.training.setup import check_trackers, make_accelerator, plan_run, precision_name
@@ -78,7 +77,6 @@ def check(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Chec
                 check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code, device)
             check_trackers(recipe.train.trackers)
             check_device(recipe, device.type)
-            compilation.check_device(recipe, device.type)
             result.rows.append(("device", OK, f"{device}, {precision_name(dtype)} ({reason})"))
         except BudwoodError as error:
             result.fail("device", error)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from budwood.planning.devices import Device
+from budwood.planning.measurement import DTYPES
+from budwood.planning.options import Device
 from budwood.planning.trace import Operation
 
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""Precisions, as in the rates of a device, by dtype."""
 LAUNCH = {"cuda": (10e-6, 60e-6), "cpu": (2e-6, 20e-6)}
 """Seconds that the host needs for an operation with its Python, at best and at worst."""
 SHARES = (0.85, 0.5)
@@ -77,7 +80,7 @@ def cost_of(operations: Sequence[Operation], device: Device) -> Cost:
     for share, launch in zip(shares, launches, strict=True):
         busy = 0.0
         for op in operations:
-            rate = device.rates.get(op.dtype) or next(iter(device.rates.values()), 0.0)
+            rate = device.rates.get(NAMES.get(op.dtype, "")) or next(iter(device.rates.values()), 0.0)
             products = op.flops / (rate * share) if rate else 0.0
             bandwidth = device.dequantize if op.name == "dequantize_4bit" and device.dequantize else device.bandwidth
             busy += max(products, op.moved / (bandwidth * share) if bandwidth else 0.0)

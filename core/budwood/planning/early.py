@@ -18,6 +18,7 @@ from budwood.errors import BudwoodError, InputError
 from budwood.model.checks import check_base
 from budwood.model.quiet import hide_hub_kernels
 from budwood.recipe.continued import continued_options
+from budwood.recipe.device import check_device, stated_kind
 from budwood.recipe.file import UNKNOWN
 from budwood.recipe.schema import Recipe, read_recipe
 from budwood.recipe.sections import Choice
@@ -86,12 +87,15 @@ class Early:
         return redact_values(values)
 
 
-def look(path: Path, overrides: Sequence[str] = (), without_data: bool = False, rows: bool = True) -> Early:
+def look(
+    path: Path, overrides: Sequence[str] = (), without_data: bool = False, rows: bool = True, kind: str | None = None
+) -> Early:  # fmt: skip
     """Read a recipe, build its strategies, and check its data's rows and its base, as far as files tell.
 
     Args:
         without_data: the data's files need not exist and are not read.
         rows: read rows of data.
+        kind: cpu or cuda, if that is planned for; None: the recipe's device.
 
     Raises:
         InputError: the file is not a recipe.
@@ -105,6 +109,7 @@ def look(path: Path, overrides: Sequence[str] = (), without_data: bool = False, 
     strategies, early.parts, _ = compose(recipe, problems)
     if recipe.base.model != UNKNOWN:
         problems.attempt(lambda: check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code))
+    problems.attempt(lambda: check_device(recipe, kind or stated_kind(recipe.base.device)))
     if rows and not without_data and not problems.texts:
         problems.attempt(lambda: check_data(recipe, strategies))
     return early

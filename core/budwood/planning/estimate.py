@@ -18,8 +18,9 @@ from budwood.model.ops import kernels
 from budwood.model.quantizers.room import dequantized_bytes, room_in
 from budwood.model.recompute import layers_of
 from budwood.planning.cost import Cost, cost_line, costs_of_step, travel
-from budwood.planning.devices import GIB, Device
+from budwood.planning.devices import precision
 from budwood.planning.layers import choose_layers
+from budwood.planning.options import GIB, Device
 from budwood.planning.peak import CONTEXT_PART, LIBRARIES, Measured, measure
 from budwood.planning.rehearsal import (
     ADAPTERS,
@@ -35,9 +36,9 @@ from budwood.planning.sharding import Exchange
 from budwood.planning.sizes import choose
 from budwood.planning.synthetic import synthetic
 from budwood.planning.trace import KEPT, TEMPORARY, Peak
+from budwood.recipe.device import check_device
 from budwood.recipe.schema import Recipe
-from budwood.training import compilation
-from budwood.training.recompute import check_device, settled
+from budwood.training.recompute import settled
 
 COMPACT = "compact-optimizer"
 """What a strategy provides whose optimizer keeps its states in less memory than AdamW."""
@@ -216,9 +217,8 @@ def estimate(recipe: Recipe, device: Device, tokens: int | None = None, processe
 
 def _rehearsed(recipe: Recipe, device: Device, without_data: bool, notes: list[str], processes: int) -> Estimate:
     check_device(recipe, device.kind)
-    compilation.check_device(recipe, device.kind)
     kernels.compile_ops(recipe.train.compile)
-    dtype = device.precision(recipe.train.precision)
+    dtype = precision(device, recipe.train.precision)
     if device.kind == "cpu":
         from budwood.model.machine import pick_device_precision
 

@@ -12,16 +12,15 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from budwood.errors import InputError, did_you_mean
+from budwood.errors import InputError
 from budwood.planning.estimate import Estimate, compact_optimizer, fixed, gib
+from budwood.planning.options import CHANGES
 from budwood.planning.rehearsal import ADAPTERS, BASE, GRADIENTS, OPTIMIZER, QUANTIZED
 from budwood.planning.sizes import ROOM
 from budwood.planning.trace import KEPT, TEMPORARY
 from budwood.recipe.schema import Recipe, build_composition
 from budwood.recipe.sections import Choice
 
-CHANGES = ("optimizer", "quantization", "rank", "max_length")
-"""Settings that change what a run learns, in the order in which they are tried: what changes least first."""
 SMALLEST_RANK, SMALLEST_LENGTH, ROUND = 4, 64, 64
 RECOMPUTE, OFFLOAD = "train.gradient_checkpointing", "train.activation_offloading"
 
@@ -84,18 +83,6 @@ def _override(key: str, value: Any) -> str:
     if key == "strategies":
         return f"-o 'strategies={json.dumps([{c.name: c.options} if c.options else c.name for c in value])}'"
     return f"-o {key}={str(value).lower()}"
-
-
-def allowed(text: str) -> set[str]:
-    """Return the names in the value of `--allow`.
-
-    Raises:
-        InputError: one is not known.
-    """
-    names = {name.strip() for name in text.split(",") if name.strip()}
-    for name in sorted(names - set(CHANGES)):
-        raise InputError(f"--allow: '{name}' is not known.{did_you_mean(name, CHANGES)} Known: {', '.join(CHANGES)}.")
-    return names
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

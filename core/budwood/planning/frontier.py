@@ -14,9 +14,10 @@ from rich.text import Text
 
 from budwood.errors import InputError, ResourceError
 from budwood.planning.composition import show
-from budwood.planning.devices import GIB, Device, find_device
+from budwood.planning.devices import find_device
 from budwood.planning.estimate import Estimate, gib
 from budwood.planning.fit import Candidate, Fit, fit
+from budwood.planning.options import GIB, Device, fit_name
 from budwood.planning.process import estimate_in_process
 from budwood.planning.table import operations, span
 from budwood.recipe.schema import Recipe
@@ -97,11 +98,7 @@ def fit_device(text: str, kind: str = "cuda") -> Device:
     Raises:
         InputError: it is not known.
     """
-    is_size = text[:1].isdigit() and text[-1:] in "bBgGmM"
-    try:
-        return find_device(f"{kind}:{text}" if is_size else text)
-    except InputError as error:
-        raise InputError(str(error).replace("--device", "--fit", 1)) from error
+    return find_device(fit_name(text, kind), "--fit")
 
 
 def draw(found: Fit, path: Path) -> None:

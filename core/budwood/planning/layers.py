@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from budwood.model.recompute import layers_of
 from budwood.planning.cost import cost_of
-from budwood.planning.devices import Device
+from budwood.planning.options import Device
 from budwood.planning.rehearsal import Rehearsal
 from budwood.planning.sizes import ROOM, M, Measured, choose
 from budwood.training.micro_tokens import ROUND, largest_group

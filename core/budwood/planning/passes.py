@@ -12,7 +12,7 @@ from budwood.data.packing import split_micro
 from budwood.model.exact_match import LIMIT, MORE
 from budwood.model.generate import BATCH_TOKENS
 from budwood.planning.cost import Cost, cost_line, cost_of
-from budwood.planning.devices import Device
+from budwood.planning.options import Device
 from budwood.planning.rehearsal import Rehearsal, micro_of, sizes_of
 from budwood.planning.trace import Peak, without_collection
 from budwood.training.on_policy import find_generator, updates_of

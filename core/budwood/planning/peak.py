@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from budwood.contract.types import Run
 from budwood.planning.cost import Cost, costs_of_step
-from budwood.planning.devices import CONTEXT, Device
+from budwood.planning.options import CONTEXT, Device
 from budwood.planning.passes import Passes, rehearse_passes
 from budwood.planning.rehearsal import (
     ADAPTERS,

@@ -16,20 +16,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from budwood import errors
 from budwood.contract.discovery import PluginError
 from budwood.data.sources import locate
 from budwood.errors import BudwoodError, describe
 from budwood.model.checkpoint import one_revision, read_config, resolve
 from budwood.model.quiet import silence_libraries
-from budwood.planning.devices import Device, find_device
+from budwood.planning.devices import find_device
 from budwood.planning.estimate import Estimate, estimate
+from budwood.planning.options import Device
 from budwood.planning.waiting import PlanningProcess
+from budwood.recipe.device import check_device
 from budwood.recipe.schema import Recipe
-from budwood.training import compilation
-from budwood.training.recompute import check_device
 
 KEPT = 50
 """Estimates kept in the cache."""
@@ -48,7 +46,6 @@ def estimate_in_process(
     Raises:
         BudwoodError: as `estimate`; a ResourceError if the process fails or takes too long.
     """
-    compilation.check_device(recipe, device.kind)
     check_device(recipe, device.kind)  # here, where the recipe knows its lines
     given = device
     if _depends_on_memory(recipe, processes) and (tokens is None or recipe.train.gradient_checkpointing == "auto"):
@@ -129,13 +126,11 @@ def main() -> None:
 
 
 def _packed(device: Device) -> dict[str, Any]:
-    rates = {str(dtype): rate for dtype, rate in device.rates.items()}
-    return {**asdict(device), "rates": rates, "capability": list(device.capability)}
+    return {**asdict(device), "capability": list(device.capability)}
 
 
 def _unpacked(values: dict[str, Any]) -> Device:
-    rates = {getattr(torch, name.removeprefix("torch.")): rate for name, rate in values["rates"].items()}
-    return Device(**{**values, "rates": rates, "capability": tuple(values["capability"])})
+    return Device(**{**values, "capability": tuple(values["capability"])})
 
 
 def _key(recipe: Recipe, device: Device, tokens: int | None, processes: int) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from budwood.adapters.base_names import base_name, check_named_base
 from budwood.adapters.golden import TOLERANCE, Distance, Golden, comparable, current_setting, threads
 from budwood.adapters.manifest import GoldenRecord
 from budwood.adapters.match import mismatch
@@ -16,8 +17,8 @@ from budwood.adapters.store import GOLDEN, SavedAdapter, read_adapter
 from budwood.contract.discovery import installed
 from budwood.contract.loading import build_task, load
 from budwood.errors import BudwoodError, CorruptError, InputError
-from budwood.model.base import Base, check_base, fingerprint, silence_libraries, skeleton
-from budwood.model.checkpoint import one_revision, would_fetch
+from budwood.model.base import Base, fingerprint, silence_libraries, skeleton
+from budwood.model.checkpoint import one_revision
 from budwood.model.embeddings import resize_base
 from budwood.model.limits import embeddings_of
 from budwood.model.task import Task
@@ -52,23 +53,6 @@ class VerifyReport:
     notes: list[str] = field(default_factory=list)
 
 
-def base_name(saved: SavedAdapter, base: str | None = None) -> str | None:
-    """Return `base`, or if it is None the base that the adapter records; None if there is no record.
-
-    Raises:
-        InputError: the recorded base would have to be downloaded, which needs an explicit `base`.
-    """
-    if base is not None or saved.manifest is None:
-        return base
-    name = saved.manifest.base.name
-    if would_fetch(name):
-        raise InputError(
-            f"{saved.directory}: was trained on the base '{name}', which is not on this machine. Only a base that you "
-            f"name explicitly is downloaded: --base {name}"
-        )
-    return name
-
-
 def open_base(
     saved: SavedAdapter,
     base: str | None = None,
@@ -96,14 +80,7 @@ def open_base(
     task: Task = build_task(task_name, saved.manifest.task_options if saved.manifest else {})
     quantization = quantization or (recorded.quantization if recorded else None)
     with one_revision(name, recorded.revision if recorded and base is None else None):
-        try:
-            info = check_base(name, quantization)
-        except InputError as error:
-            if base is None and not Path(name).expanduser().is_dir():
-                raise InputError(
-                    f"{error} {saved.directory} was trained on this base: pass its current location with --base."
-                ) from error
-            raise
+        info = check_named_base(saved, name, base, quantization)
         read_adapter(
             saved.directory,
             base_name=name,

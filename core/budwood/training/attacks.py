@@ -3,67 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from ruamel.yaml import YAML, YAMLError
 from torch import Tensor
 
 from budwood.contract.attack import Attack
 from budwood.contract.calls import attribute_errors
 from budwood.contract.discovery import PluginError
 from budwood.contract.examples import Batch
-from budwood.contract.loading import load, start, validate_options
 from budwood.contract.registry import Composition
 from budwood.contract.types import Run, Step
-from budwood.contract.validation import Location, dotted, sentence
 from budwood.data.examples import Examples
-from budwood.errors import InputError
 from budwood.training.batches import count_units
 from budwood.training.step import Engine
-
-
-def build_attacks(texts: Sequence[str]) -> dict[str, Attack]:
-    """Build the attacks of the command line, keyed by their text.
-
-    Raises:
-        InputError: an attack is unknown or repeated, or an option is unknown or out of range.
-        PluginError: a plugin is broken.
-    """
-    repeated = [text for text, count in Counter(texts).items() if count > 1]
-    if repeated:
-        raise InputError(f"--attack {repeated[0]}: given twice; remove one.")
-    return {text: _build(text) for text in texts}
-
-
-def _build(text: str) -> Attack:
-    name, _, rest = text.partition(":")
-    cls, entry = load(name.strip(), Attack.group)
-    options: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in rest.split(","))):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (key and equals and value):
-            raise InputError(f"--attack {text}: write NAME:KEY=VALUE,…, for instance {name}:{_example(cls)}.")
-        if key in options:
-            raise InputError(f"--attack {text}: {key} is given twice.")
-        try:
-            options[key] = YAML(typ="safe", pure=True).load(value)
-        except YAMLError:
-            options[key] = value
-
-    def message(location: Location, problem: str) -> str:
-        return f"--attack {text}: " + (f"{dotted(location)}: " if location else "") + sentence(problem)
-
-    attack: Attack = start(cls, entry, options=validate_options(cls, entry, options, message), name=text)
-    return attack
-
-
-def _example(cls: type[Attack]) -> str:
-    """Return an example option with its value, for a message."""
-    fields = cls.Options.model_fields
-    return next((f"{name}={field.default}" for name, field in fields.items() if field.default), "KEY=VALUE")
 
 
 def changes_rows(attack: Attack) -> bool:

@@ -4,27 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from budwood.errors import InputError, ResourceError
+from budwood.errors import ResourceError
 from budwood.model.ops import kernels
 from budwood.recipe.schema import Recipe
 
 FIELD = "train.compile"
-
-
-def check_device(recipe: Recipe, kind: str) -> None:
-    """Refuse the field where it would change nothing.
-
-    Args:
-        kind: cpu or cuda.
-
-    Raises:
-        InputError: the device is no CPU.
-    """
-    if recipe.train.compile and kind != "cpu":
-        raise InputError(
-            f"{recipe.where('train', 'compile')}: {FIELD}: compiles what a CPU computes; on {kind}, Triton's kernels "
-            "compute it already: leave it out."
-        )
 
 
 def compile_ops(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str:
@@ -34,10 +18,8 @@ def compile_ops(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str
         What the run's first line adds: " · compiled ops", or "".
 
     Raises:
-        InputError: see `check_device`.
         ResourceError: there is no C++ compiler, it fails, or what it makes computes something else.
     """
-    check_device(recipe, device.type)
     kernels.compile_ops(recipe.train.compile)
     if not recipe.train.compile:
         return ""

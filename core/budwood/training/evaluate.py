@@ -13,7 +13,6 @@ import torch
 
 from budwood.adapters.golden import comparable, current_setting, threads
 from budwood.adapters.manifest import ChatRecord, HeldOutRecord
-from budwood.adapters.store import read_adapter
 from budwood.contract.calls import attribute_errors
 from budwood.contract.loading import build_task
 from budwood.contract.types import Run
@@ -25,14 +24,13 @@ from budwood.data.sources import read_rows
 from budwood.errors import InputError
 from budwood.model.base import skeleton
 from budwood.model.checkpoint import resolve
-from budwood.model.checks import stored_quantization
-from budwood.model.limits import LENGTH, check_fits, default_length
+from budwood.model.limits import check_fits, default_length
 from budwood.model.ops import attention
 from budwood.model.task import Task
-from budwood.recipe.schema import default_recipe
 from budwood.serving.pool import read_base
-from budwood.serving.verify import base_name, open_pool
-from budwood.training.attacks import build_attacks, measure_attacked
+from budwood.serving.verify import open_pool
+from budwood.training.attacks import measure_attacked
+from budwood.training.evaluation_inputs import EvaluationInputs, read_inputs
 from budwood.training.objective import objective_metrics
 from budwood.training.packing_check import check_packing
 from budwood.training.report import Report
@@ -85,57 +83,54 @@ def evaluate_adapter(
     Raises:
         InputError, CorruptError, ResourceError: the adapter, the data or the base cannot be used.
     """
+    inputs = read_inputs(directory, data, base, quantization, max_length, generate, attacks)
+    return evaluate(inputs, quantization, precision, device, allow_other_base, quiet)
+
+
+def evaluate(
+    inputs: EvaluationInputs,
+    quantization: str | None = None,
+    precision: str | None = None,
+    device: str = "auto",
+    allow_other_base: bool = False,
+    quiet: bool = False,
+) -> Evaluation:
+    """Evaluate what was read by `read_inputs`; see `evaluate_adapter`."""
     report = Report(quiet)
-    chosen_attacks = build_attacks(attacks)
-    saved = read_adapter(directory)
-    manifest = saved.manifest
+    saved, recipe, held_out, tokens = inputs.saved, inputs.recipe, inputs.held_out, inputs.tokens
+    directory, manifest = saved.directory, saved.manifest
     as_run = manifest.evaluation if manifest else None
-    held_out = None
-    if data is None:
-        held_out = as_run.held_out if as_run else None
-        if held_out is None:
-            raise InputError(f"{directory}: its run evaluated nothing: name data to evaluate on with --data FILE.")
-    name = base_name(saved, base)
-    if not name:
-        raise InputError(f"{directory} does not name its base: pass it with --base DIR.")
-    task_name = manifest.task if manifest else "causal-lm"
     labels = list(manifest.labels) if manifest else []
-    max_length = max_length or (as_run.max_length if as_run else None)
-    if generate is None:
-        generate = as_run.generate if as_run else 1000
-    tokens = as_run.tokens if as_run else max(max_length or LENGTH, 2048)
-    chosen = quantization or (manifest.base.quantization if manifest else stored_quantization(name) or "none")
-    overrides = [f"base.quantization={chosen}", f"train.eval_generate={generate}"]
-    overrides.append(f"train.micro_tokens={tokens}")
-    overrides += [f"data.max_length={max_length}"] if max_length else []
-    source: Any = data if held_out is None else held_out.data
-    recipe = default_recipe(source, name, task=task_name, overrides=overrides)
-    source = recipe.data.train
-    task: Task = build_task(task_name, manifest.task_options if manifest else {})
-    if chosen_attacks:
-        data_format = recognise_rows(read_rows(source), task_name).name
-        read_base(task, resolve(name, weights=False))
-        modules = skeleton(name, task.auto_class)
-        for attack in chosen_attacks.values():
+    task: Task = build_task(recipe.base.task, manifest.task_options if manifest else {})
+    if inputs.attacks:
+        data_format = recognise_rows(read_rows(recipe.data.train), recipe.base.task).name
+        read_base(task, resolve(inputs.base, weights=False))
+        modules = skeleton(inputs.base, task.auto_class)
+        for attack in inputs.attacks.values():
             with attribute_errors(attack, "check"):
-                attack.check(data_format, task_name, modules)
+                attack.check(data_format, recipe.base.task, modules)
     pool = open_pool(
-        saved, base, quantization=quantization, precision=precision, device=device, allow_other_base=allow_other_base
+        saved,
+        inputs.given_base,
+        quantization=quantization,
+        precision=precision,
+        device=device,
+        allow_other_base=allow_other_base,
     )
     task = pool.task_plugin
     chat = (manifest.chat if manifest else None) or ChatRecord()
     if chat.template is not None:
         pool.base.tokenizer.chat_template = chat.template
-    max_length = max_length or default_length(pool.base.model)
+    max_length = inputs.max_length or default_length(pool.base.model)
     recipe = recipe.with_length(max_length)
     build = partial(
-        build_examples, source, pool.base.tokenizer, task, max_length, labels or None, template_options=chat.options,
-        loss_on=as_run.loss_on if as_run else "assistant", date=chat.date,
+        build_examples, recipe.data.train, pool.base.tokenizer, task, max_length, labels or None,
+        template_options=chat.options, loss_on=as_run.loss_on if as_run else "assistant", date=chat.date,
         as_chat=as_run is not None and as_run.as_chat,
         skip_bad_rows=held_out is not None and held_out.skip_bad_rows,
     )  # fmt: skip
     examples = build()
-    check_fits(examples, pool.base.model, pool.base.tokenizer, name)
+    check_fits(examples, pool.base.model, pool.base.tokenizer, inputs.base)
     report.say(examples.describe())
     if not examples.label_counts.any():
         raise InputError(
@@ -183,7 +178,7 @@ def evaluate_adapter(
         clean = {**task.evaluate(run), **objective_metrics(run, pool, "adapter", saved)}
         text = task.report
         attacked = {
-            attack.name: measure_attacked(run, attack, build_changed, clean) for attack in chosen_attacks.values()
+            attack.name: measure_attacked(run, attack, build_changed, clean) for attack in inputs.attacks.values()
         }
     return Evaluation(clean, without, text, attacked)
 

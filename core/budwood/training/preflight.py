@@ -11,6 +11,7 @@ from budwood.data.unused import columns_read
 from budwood.data.use import check_use
 from budwood.model.checks import BaseInfo, check_base
 from budwood.model.quiet import hide_hub_kernels
+from budwood.recipe.device import check_device, stated_kind
 from budwood.recipe.schema import Recipe, build_composition, check_code
 from budwood.training.output import check_output
 
@@ -23,8 +24,8 @@ def preflight(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> 
     """Check output, strategies with their options, data and base, as far as possible from files alone.
 
     Raises:
-        InputError: the output folder is in use, an option is wrong, the strategies cannot be combined, a data file is
-            malformed, or the base is not a model.
+        InputError: the output folder is in use, an option is wrong, the strategies cannot be combined, a field has no
+            effect on the device, a data file is malformed, or the base is not a model.
         ResourceError: the output cannot be written, a plugin is broken, or the hub cannot be reached.
         CorruptError: a file of the base is damaged.
     """
@@ -32,6 +33,7 @@ def preflight(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> 
     hide_hub_kernels()  # before a plugin imports peft and thereby bitsandbytes, which would download them
     strategies = build_composition(recipe).strategies
     check_code(recipe, strategies)
+    check_device(recipe, stated_kind(recipe.base.device))
     check_data(recipe, strategies)
     return check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code)
 

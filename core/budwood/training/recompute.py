@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from budwood.contract.types import Run
-from budwood.errors import InputError
 from budwood.model.recompute import find_problem, layers_of
 from budwood.recipe.schema import Recipe
 
@@ -19,22 +18,6 @@ def find_problems(recipe: Recipe, model: Any) -> list[str]:
     if problem is None and recipe.train.activation_offloading and model is not None and not layers_of(model):
         problem = f"{type(model).__name__} has no layers whose inputs train.activation_offloading could move"
     return [f"{recipe.where('train', 'gradient_checkpointing')}: {FIELD}: {problem}."] if problem else []
-
-
-def check_device(recipe: Recipe, kind: str) -> None:
-    """Refuse offloading where the device's memory is the host's.
-
-    Args:
-        kind: cpu or cuda.
-
-    Raises:
-        InputError: it is the CPU.
-    """
-    if recipe.train.activation_offloading and kind == "cpu":
-        raise InputError(
-            f"{recipe.where('train', 'activation_offloading')}: train.activation_offloading: on the CPU, activations "
-            "are in the host's memory already: leave it out, or train on a GPU."
-        )
 
 
 def settled(count: int, layers: int) -> bool | int:

@@ -35,7 +35,6 @@ from budwood.model.base import (
 )
 from budwood.model.checks import size
 from budwood.model.embeddings import resize_base
-from budwood.model.halves.take_over import describe_others
 from budwood.model.limits import default_length
 from budwood.model.ops import attention, kernels
 from budwood.model.quantizers.room import keep_dequantized
@@ -53,6 +52,7 @@ from budwood.recipe.data import (
     recipe_task,
     recipe_tokenizer,
 )
+from budwood.recipe.device import check_device
 from budwood.recipe.schema import Recipe, build_composition, find_code, load_recipe
 from budwood.training import recompute
 from budwood.training.agreement import check_agreement
@@ -156,7 +156,7 @@ def _prepare(
     device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
     if device.type == "cuda":
         use_expandable_segments()
-    recompute.check_device(recipe, device.type)
+    check_device(recipe, device.type)
     compiled = compile_ops(recipe, device, dtype)
     check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code, device)
     check_trackers(recipe.train.trackers)
@@ -243,8 +243,6 @@ def _prepare(
         run.reference_tokens = state.get("reference_tokens", run.reference_tokens)
     engine = build_engine(run, hooks)
     _report_size(run, report, chosen)
-    if others := describe_others(run.model):
-        report.say(f"note: {others}")
     build_optimizer(run, hooks)
     if world.first:
         write_manifest(run, resume, changes.chosen(given, run))

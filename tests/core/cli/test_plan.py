@@ -146,7 +146,7 @@ def test_the_recipe_that_fits_is_written(recipe, capsys, monkeypatch):
     from tests.core.planning.test_sizes import estimate_of
 
     from budwood.planning import process
-    from budwood.planning.devices import GIB
+    from budwood.planning.options import GIB
 
     def estimate(recipe, device, *args, **options):
         result = estimate_of(2048)

@@ -33,14 +33,28 @@ COMMANDS = [
     (["adapter", "combine", "ADAPTER", "missing", "out"], 2),
     (["plan", "missing.yaml"], 2),
     (["plan", "-"], 2),
+    (["plan", "recipe.yaml", "--device", "nosuch"], 2),
+    (["plan", "recipe.yaml", "--fit", "nosuch"], 2),
+    (["plan", "recipe.yaml", "--fit", "24GiB", "--allow", "nosuch"], 2),
+    (["plan", "recipe.yaml", "--processes", "2", "--link", "3"], 2),
+    (["plan", "recipe.yaml", "--device", "4090", "-o", "train.compile=true"], 2),
     (["check", "missing.yaml"], 2),
     (["data", "missing.yaml"], 2),
+    (["data", "recipe.yaml", "-o", "strategies=[lora, adalora]"], 2),
+    (["data", "recipe.yaml", "-o", "base.model=missing/base/here"], 2),
+    (["data", "malformed.jsonl", "--base", "BASE"], 2),
     (["data", "missing.jsonl", "--base", "BASE"], 2),
     (["tune", "missing.jsonl", "--base", "BASE"], 2),
     (["tune", "rows.jsonl", "--base", "BASE", "-o", "lora.rnk=2"], 2),
     (["tune", "rows.jsonl", "--base", "some/missing"], 3),
+    (["tune", "recipe.yaml", "--fit", "nosuch"], 2),
+    (["tune", "recipe.yaml", "-o", "train.activation_offloading=true", "-o", "base.device=cpu"], 2),
+    (["tune", "recipe.yaml", "-o", "train.compile=true", "-o", "base.device=cuda"], 2),
     (["sweep", "missing.yaml", "-s", "lora.rank=2,4"], 2),
     (["eval", "missing"], 2),
+    (["eval", "."], 2),
+    (["eval", "ADAPTER", "--data", "malformed.jsonl"], 2),
+    (["eval", "ADAPTER", "--attack", "nosuch"], 2),
     (["generate", "some/missing", "--prompt", "x"], 3),
     (["generate", "BASE", "--adapter", "a=missing", "--prompt", "x"], 2),
     (["chat", "some/missing"], 3),
@@ -71,6 +85,7 @@ print("\\n" + json.dumps([codes, count, last]))
 
 def test_refusals_import_no_library(tmp_path: Path, tiny_base: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3, encoding="utf-8")
+    (tmp_path / "malformed.jsonl").write_text('{"prompt": 1', encoding="utf-8")
     recipe = {
         "base": {"model": str(tiny_base)},
         "data": {"train": "rows.jsonl"},

@@ -19,8 +19,8 @@ from budwood.model.ops.linear import frozen_linear, low_rank_linear
 from budwood.model.quantizers import quantizer_of
 from budwood.model.quantizers.room import ROOM, dequantized_bytes, keep_dequantized, room_in
 from budwood.planning.admission import admit
-from budwood.planning.devices import Device
 from budwood.planning.estimate import estimate
+from budwood.planning.options import Device
 from budwood.recipe.schema import Recipe
 from budwood.training.loop import tune
 

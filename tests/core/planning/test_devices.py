@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from budwood.errors import InputError
 from budwood.planning import measurement as measuring
 from budwood.planning.cost import cost_of
-from budwood.planning.devices import CARDS, GIB, card_of, find_device, parse_link
+from budwood.planning.devices import find_device
 from budwood.planning.measurement import Measurement
+from budwood.planning.options import CARDS, GIB, card_of, parse_link
 from budwood.planning.trace import Operation
 
 
@@ -80,13 +81,13 @@ def test_a_measurement_is_kept_and_used_while_it_holds(tmp_path: Path, monkeypat
     brief = find_device("cpu")
     assert "briefly just now; `budwood doctor --measure`" in brief.source
     assert brief.launch and 1e-7 < brief.launch < 1e-2
-    assert brief.rates[torch.float32] > 1e8 and brief.bandwidth and brief.bandwidth > 1e8
+    assert brief.rates["fp32"] > 1e8 and brief.bandwidth and brief.bandwidth > 1e8
     monkeypatch.setattr("budwood.planning.devices.measure", lambda *_: measurement)  # quicker
     measurement = Measurement({"fp32": 2e11, "bf16": 4e11}, 5e10, 1e10, 3e-6, "2025-01-31", 12.0)
     path = measuring.keep("cpu", measurement)
     device = find_device("cpu")
     assert (device.source, device.launch, device.dequantize) == ("measured on 2025-01-31", 3e-6, 1e10)
-    assert device.rates == {torch.float32: 2e11, torch.bfloat16: 4e11} and device.bandwidth == 5e10
+    assert device.rates == {"fp32": 2e11, "bf16": 4e11} and device.bandwidth == 5e10
     operation = Operation("dequantize_4bit", 0, 10**9, torch.uint8, True)
     assert cost_of([operation], device).best == pytest.approx(0.1 + 3e-6)
     assert cost_of([operation], device).worst == pytest.approx(0.1 / 0.6 + 9e-6)

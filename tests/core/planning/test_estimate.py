@@ -24,8 +24,9 @@ from budwood.model.ops import tiles
 from budwood.model.task import Task
 from budwood.model.text_tasks import CausalLM
 from budwood.planning import admission
-from budwood.planning.devices import GIB, Device, find_device
+from budwood.planning.devices import find_device
 from budwood.planning.estimate import Estimate, _download, estimate, refusal
+from budwood.planning.options import GIB, Device
 from budwood.planning.passes import rehearse_passes
 from budwood.planning.rehearsal import BASE, QUANTIZED, rehearse
 from budwood.planning.sizes import ROOM

@@ -15,10 +15,10 @@ from rich.console import Console
 
 from budwood.errors import InputError, ResourceError
 from budwood.planning import frontier
-from budwood.planning.devices import GIB, Device
 from budwood.planning.estimate import Estimate, advice
-from budwood.planning.fit import Fit, allowed, changed, fit
+from budwood.planning.fit import Fit, changed, fit
 from budwood.planning.frontier import draw, fit_run, free_path, show_fit, write_recipe
+from budwood.planning.options import GIB, Device, allowed
 from budwood.planning.table import show_estimate
 from budwood.recipe.schema import Recipe, load_recipe
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from budwood.planning import layers
-from budwood.planning.devices import GIB, Device
+from budwood.planning.options import GIB, Device
 from budwood.planning.trace import Operation
 from budwood.training.micro_tokens import wanted
 

@@ -15,8 +15,8 @@ import pytest
 import budwood
 from budwood.contract.discovery import PluginError
 from budwood.planning import admission, process, sizes
-from budwood.planning.devices import GIB, Device
 from budwood.planning.estimate import Estimate
+from budwood.planning.options import GIB, Device
 from budwood.recipe.schema import Recipe
 from budwood.training.loop import tune
 from budwood.training.micro_tokens import wanted

@@ -13,8 +13,8 @@ from tests.core.conftest import write_rows
 
 from budwood import Attack, InputError, Options, PluginError, Step
 from budwood.cli import app as cli
-from budwood.training.attacks import build_attacks
 from budwood.training.evaluate import evaluate_adapter
+from budwood.training.evaluation_inputs import build_attacks
 from budwood.training.loop import tune
 
 

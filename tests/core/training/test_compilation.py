@@ -14,8 +14,8 @@ import torch
 from budwood.cli.app import run
 from budwood.errors import InputError
 from budwood.model.ops import kernels
+from budwood.recipe.device import check_device
 from budwood.recipe.schema import Recipe
-from budwood.training.compilation import check_device
 from budwood.training.loop import tune
 
 Make = Callable[..., Recipe]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from budwood.adapters.base_names import base_name
 from budwood.adapters.manifest import ChatRecord
 from budwood.adapters.store import SavedAdapter, read_adapter
 from budwood.errors import InputError
@@ -31,7 +32,6 @@ from budwood.serving.exports.replay import Replay
 from budwood.serving.exports.vocabulary import Vocabulary, read_vocabulary
 from budwood.serving.exports.wanted import Exported, Wanted
 from budwood.serving.merge import MergeReport, merge
-from budwood.serving.verify import base_name
 
 ADAPTER, MODEL, BASE, MODELFILE = "adapter.gguf", "model.gguf", "base.gguf", "Modelfile"
 
