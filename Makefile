@@ -78,6 +78,9 @@ lint: .venv/installed ## Check formatting, rules, types, and who imports whom
 
 bench: .venv/installed-bench ## Measure training side by side with Trainer + PEFT and TRL
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.train
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.train --size 160m --arms budwood trainer-1 trainer-8 --rounds 2 --steps 1
+	@HF_HUB_OFFLINE=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m benchmarks.train \
+		--precision fp32 --arms budwood trainer-1 trainer-8 --rounds 2 --steps 1
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.hooks
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.adalora
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.adalora --initial-rank 64 --target-rank 16 --no-peft

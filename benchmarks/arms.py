@@ -239,6 +239,7 @@ ARMS: dict[str, Callable[[Workload, int, Pace], None]] = {
     "trainer-2": trainer(2),
     "trainer-4": trainer(4),
     "trainer-8": trainer(8),
+    "trainer-11": trainer(11),
     "trainer-16": trainer(16),
     "trl": sft(packed=False),
     "trl-packed": sft(packed=True),

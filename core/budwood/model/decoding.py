@@ -165,7 +165,9 @@ class Gumbel(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         uniform = torch.stack([torch.rand(scores.shape[-1], generator=g, dtype=torch.float64) for g in self.generators])
         noise = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
-        return scores.double() + noise.to(scores.device)
+        if scores.device.type == "cuda":  # drawn while the GPU computes the logits, and copied without a wait for them
+            noise = noise.pin_memory()
+        return scores.double() + noise.to(scores.device, non_blocking=True)
 
 
 @contextmanager

@@ -244,11 +244,12 @@ class Trace(TorchDispatchMode):
     def _count(self, func: Any, inputs: list[Tensor], outputs: list[Tensor], args: Any, kwargs: Any, out: Any) -> None:
         packet = func._overloadpacket
         name = str(packet).replace("aten.", "").replace("bitsandbytes.", "")
-        if func.is_view or name in _FREE or not (outputs or name == "_foreach_copy_"):
+        if func.is_view or name in _FREE or not (outputs or func in _LISTS):
             return
-        if name == "_foreach_copy_" and not _is_one_kernel(*args[:2]):
+        if func in _LISTS and not _is_one_kernel(*args[:2]):
+            each = name.removeprefix("_foreach_")
             for pair in zip(*args[:2], strict=True):
-                self.operations.append(Operation("copy_", 0, sum(map(_bytes, pair)), pair[0].dtype, self.in_pass))
+                self.operations.append(Operation(each, 0, sum(map(_bytes, pair)), pair[0].dtype, self.in_pass))
             return
         flops = 0
         if name.startswith("torch_attn"):
@@ -419,9 +420,9 @@ def _formula(packet: Any) -> Callable[..., Any] | None:
 
 
 def _is_one_kernel(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> bool:
-    """Return whether one kernel copies all tensors on CUDA (`foreach_tensor_copy_list_kernel_cuda_` of ATen).
+    """Return whether one kernel copies or adds all tensors on CUDA (`foreach_tensor_copy_list_kernel_cuda_` of ATen).
 
-    Each target is then dense and lies as its source does; otherwise, each tensor is copied by itself.
+    Each target is then dense and lies as its source does; otherwise, each tensor is taken by itself.
     """
     alike = all(a.stride() == b.stride() and _is_dense(a) for a, b in zip(targets, sources, strict=True))
     return alike and all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in (targets, sources))
@@ -445,3 +446,5 @@ _FREE = {
     "_unsafe_view", "resize_",
 }  # fmt: skip
 """Operations that move no data."""
+_LISTS = (torch.ops.aten._foreach_copy_.default, torch.ops.aten._foreach_add_.List)
+"""Operations that copy or add a list of tensors to another, in place."""

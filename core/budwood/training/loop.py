@@ -16,7 +16,9 @@ from budwood.contract.registry import Composition
 from budwood.contract.types import Event, Run
 from budwood.errors import DivergedError, Interrupted, ResourceError, plural
 from budwood.model.checkpoint import one_revision
+from budwood.model.halves.take_over import describe_others
 from budwood.model.ops import kernels
+from budwood.model.ops.attention import take_reasons
 from budwood.model.quiet import silence_libraries
 from budwood.parallel.processes import Processes
 from budwood.parallel.together import together
@@ -180,15 +182,23 @@ def take_steps(
     if run.step and not between_steps(run, hooks, report, progress, saver, signals):
         return
     begun = run.step
+    notes_of_first_step(run)  # what was computed before the steps does not count
     for step, counts in optimizer_steps(run, hooks, progress):
         metrics = train_step(run, hooks, engine, progress, step, counts)
         run.metrics |= {**metrics, "skipped": run.metrics.get("skipped", 0.0) + metrics["skipped"]}
         report.step(run.step, int(counts["token"]), metrics)
         hooks.notify(Event("step", run.step, metrics), report.say)
-        if run.step == begun + 1 and (note := unused(run.recipe)):
+        for note in notes_of_first_step(run) if run.step == begun + 1 else ():
             report.say(note)
         if not between_steps(run, hooks, report, progress, saver, signals):
             return
+
+
+def notes_of_first_step(run: Run) -> list[str]:
+    """Return what a run's first step has shown of its speed; before it, a strategy may still add hooks or adapters."""
+    others = describe_others(run.model)
+    apart = [f"attention takes many operations instead of a kernel, which is slower: {why}" for why in take_reasons()]
+    return [*filter(None, [unused(run.recipe)]), *(f"note: {text}" for text in filter(None, [others, *apart]))]
 
 
 def train_step(

@@ -87,9 +87,9 @@ def test_the_head_receives_contiguous_rows(base, prompts):
     assert not base.model.lm_head._forward_pre_hooks
 
 
-@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize(("scored", "temperature"), [(False, 0.0), (True, 0.0), (False, 1.0)])
 def test_a_token_is_read_from_the_device_once_and_the_head_computes_the_last_position(
-    base, prompts, monkeypatch, scored
+    base, prompts, monkeypatch, scored, temperature
 ):
     """The first read waits for a GPU; transformers' two, whether rows are padded and all have ended, follow at once."""
     reads, head = [], []
@@ -104,7 +104,7 @@ def test_a_token_is_read_from_the_device_once_and_the_head_computes_the_last_pos
         reads.clear()
         head.clear()
         log_probs = (lambda logits, tokens, _: logits.log_softmax(-1)[range(len(tokens)), tokens]) if scored else None
-        found = generate(base.model, base.tokenizer, prompts, tokens, log_probs=log_probs)
+        found = generate(base.model, base.tokenizer, prompts, tokens, temperature, seed=0, log_probs=log_probs)
         assert max(len(each.tokens) for each in found) == tokens
         assert head == [(len(prompts), 1, 64)] * tokens
         counts.append({name: reads.count(name) for name in set(reads)})

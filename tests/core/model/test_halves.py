@@ -327,6 +327,17 @@ def test_what_reaches_into_a_layer_gets_its_own_forward(taken, monkeypatch, chan
     assert taken == [2, 0, 2, 2]
 
 
+def test_reasons_are_counted_and_those_that_are_gone_after_a_pass_are_told_once() -> None:
+    model = build(LlamaConfig)
+    undo = hook(model.model.layers[0])
+    trained(model.model.layers[1])
+    step(model, 1)
+    undo()
+    line = "2 of 2 layers take the model's own forward, which is slower: "
+    assert describe_others(model) == f"{line}a hook is on its SiLUActivation (1), a norm is trained (1)"
+    assert describe_others(model) == line.replace("2 of 2", "1 of 2") + "a norm is trained"
+
+
 def test_a_class_that_recomputes_around_its_forward_keeps_it(taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """As older versions of transformers do: halves inside would compute such a layer three times."""
 

@@ -28,6 +28,8 @@ def test_every_stage_runs_on_a_cpu_with_tiny_shapes(tmp_path: Path, capsys: pyte
         if isinstance(stage, dict):
             chosen = train.make_parser().parse_args(stage["command"][3:])
             assert chosen.warmup >= 3 and chosen.steps >= 5 and len(chosen.arms) == 1
+            examples, rows = chosen.examples, chosen.arms[0].partition("trainer-")[2]
+            assert not rows or examples % int(rows) == 0
 
 
 def test_a_stage_that_fails_or_is_late_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -68,7 +70,13 @@ def test_the_time_of_a_kernel_counts_once() -> None:
 def test_the_arms_of_a_size_share_a_base_and_are_compared_with_the_targets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates = {"budwood": 13_000.0, "budwood-auto": 15_000.0, "trl-packed": 5_000.0, "trainer-16": 2_000.0}
+    rates = {
+        "budwood": 13_000.0,
+        "budwood-auto": 15_000.0,
+        "trl-packed": 5_000.0,
+        "trainer-16": 2_000.0,
+        "trainer-11": 1_300.0,
+    }
     bases: dict[str, set[Path]] = {"1b": set(), "8b": set()}
 
     def finish(command: list[str], seconds: float, folder: Path) -> tuple[int | None, str]:
@@ -87,7 +95,7 @@ def test_the_arms_of_a_size_share_a_base_and_are_compared_with_the_targets(
     bench.dry = False
     found = gpu_record.train(bench)
     assert found["8b, budwood"]["examples_per_step"] == 44 and found["1b, trainer-16"]["examples_per_step"] == 16
-    assert found["8b, unsloth"] == {"skipped": "unsloth is not installed"}
+    assert found["8b, unsloth"] == found["1b, unsloth"] == {"skipped": "unsloth is not installed"}
     assert found["1b, trl-packed"] == {"failed": "no memory"}
     assert all(len(shared) == 1 and not next(iter(shared)).parent.exists() for shared in bases.values())
     rows = {(row["size"], row["arm"], row["what"]): (row["found"], row.get("met")) for row in found["compared"]}
@@ -96,7 +104,8 @@ def test_the_arms_of_a_size_share_a_base_and_are_compared_with_the_targets(
     assert rows["8b", "budwood", "times trl-packed"] == (2.6, True)
     assert rows["8b", "budwood", "peak_bytes"] == (12 * 10**9, False)
     assert rows["8b", "budwood-auto", "times trl-packed"] == (3.0, None), "there is no target"
-    assert rows["8b", "budwood", "share_of_matmul_rate"] == (0.5, None)
+    assert rows["8b", "budwood", "share_of_matmul_rate"] == (0.5, True)
+    assert rows["8b", "budwood", "times trainer-11"] == (10.0, None)
     assert rows["1b", "budwood", "times trainer-16"] == (6.5, None)
     assert rows["1b", "budwood", "times trl-packed"] == (None, None), "the peer failed"
 

@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.core.conftest import write_rows
+from tests.core.training.misuse import LORA, mine
 from tests.faulty import tune_with, write_recipe
 from tests.processes import run_in_two_processes
 from torch import Tensor
 
 from budwood.errors import DivergedError, InputError, Interrupted, ResourceError
 from budwood.parallel.processes import Processes
+from budwood.training import memory
 from budwood.training.loop import sum_gradients, tune
 
 Make = Callable[..., object]
@@ -41,6 +43,43 @@ def test_the_adapter_does_not_depend_on_micro_batches(make_recipe: Make, quantiz
     ]
     assert distance(runs[0], runs[1]) < 1e-5
     assert distance(runs[0], runs[2]) < 1e-5
+
+
+def test_gradients_that_are_added_at_once_are_the_same(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, which takes one operation for all of them."""
+    added: list[int] = []
+    own = torch._foreach_add_
+
+    def watched(to: list[Tensor], of: list[Tensor] | int) -> None:
+        if isinstance(of, list):  # the optimizer adds numbers
+            added.append(len(of))
+        own(to, of)
+
+    monkeypatch.setattr(torch, "_foreach_add_", watched)
+    plain = adapter(tune(make_recipe("plain", train={"micro_tokens": 128}), quiet=True))
+    assert added == []
+    monkeypatch.setattr(memory, "device_type", lambda tensor: "cuda")
+    run = tune(make_recipe("at-once", train={"micro_tokens": 128}), quiet=True)
+    assert distance(plain, adapter(run)) == 0
+    assert len(added) >= (run.steps or 0) and set(added) == {len(run.trainable)}
+
+
+HOOKED = """
+@hookimpl
+def trainable_parameters(self, run):
+    run.model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: None)
+    return []
+"""
+
+
+def test_what_is_slower_than_it_could_be_is_told_once_after_the_first_step(
+    distribution: Callable[..., None], make_recipe: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distribution("sprout", mine(HOOKED), {"mine": "Mine"})
+    tune(make_recipe(strategies=[LORA, "mine"], train={"steps": 2}))
+    told = capsys.readouterr()
+    line = "layers take the model's own forward, which is slower: a hook is on its SiLUActivation"
+    assert (told.out + told.err).count(line) == 1
 
 
 def test_two_processes_equal_one(make_recipe: Make, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ class Halves:
         following: the next layer's, which may begin with what this one computed ahead; None: it is the last. Weak,
             so that a copy of a layer does not copy all that follow it.
         evaluates: whether passes without gradients are computed in halves too, see `evaluating`.
+        met: why the model's own forward computed in a pass with gradients; None: it did not.
         rows: [L] int64, the only positions of which the next pass shall compute the output; taken away if it does.
     """
 
@@ -71,6 +72,7 @@ class Halves:
         self.number, self.shadows = number, shadows
         self.evaluates = False
         self.rows: Tensor | None = None
+        self.met: str | None = None
         self.following: weakref.ref[Halves] | None = None
         self._arrived: tuple[Any, int, Ahead] | None = None
 
@@ -83,6 +85,8 @@ class Halves:
         found = None if args else self.chain(hidden_states, options)
         if found is None:
             self._before(None)
+            if self.met is None and torch.is_grad_enabled():
+                self.met = self.obstacle()
             return self.original(hidden_states, *args, **options)
         chain, tensors = found
         again = self.layer.gradient_checkpointing and self.layer.training

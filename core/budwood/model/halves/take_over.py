@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
+from collections import Counter
 from typing import Any
 
 import torch
@@ -60,23 +61,27 @@ def compute_in_halves(model: nn.Module) -> int:
 
 
 def describe_others(model: nn.Module) -> str:
-    """Return how many layers take the model's own forward now, and why; "" if that is slower for none.
+    """Return how many layers take the model's own forward, or have in a pass, and why; "" if that is slower for none.
 
-    Layers of a class that never computes in halves count on CUDA, where each operation costs the host time.
+    What a hook did during a pass counts once, though it is gone. Layers of a class that never computes in halves count
+    on CUDA, where each operation costs the host time.
     """
     from budwood.model.recompute import layers_of
 
     layers = layers_of(model)
-    reasons = [reason for layer in layers if (reason := _obstacle(layer)) is not None]
+    reasons = Counter(reason for layer in layers if (reason := _obstacle(layer)) is not None)
     if not reasons:
         return ""
-    return f"{len(reasons)} of {len(layers)} layers take the model's own forward, which is slower: {reasons[0]}"
+    several = len(reasons) > 1
+    why = ", ".join(f"{reason} ({count})" if several else reason for reason, count in reasons.most_common())
+    return f"{reasons.total()} of {len(layers)} layers take the model's own forward, which is slower: {why}"
 
 
 def _obstacle(layer: nn.Module) -> str | None:
     own = layer.__dict__.get("forward")
     if isinstance(own, Halves):
-        return own.obstacle()
+        met, own.met = own.met, None
+        return met or own.obstacle()
     first = next(layer.parameters(), None)
     on_cuda = first is not None and device_type(first) == "cuda"
     return f"{type(layer).__name__} is not known to compute in halves" if on_cuda else None

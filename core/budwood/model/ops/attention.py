@@ -29,12 +29,21 @@ IMPLEMENTATION = "budwood"
 """Value of `attn_implementation` with which `segments` takes effect."""
 
 _NOT_GIVEN: Any = object()
+_apart: dict[str, None] = {}
+"""Why no kernel computed attention on CUDA since the last `take_reasons`, without duplicates."""
 
 
 def register() -> None:
     """Register "budwood" with transformers; may be called repeatedly."""
     AttentionInterface.register(IMPLEMENTATION, attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def take_reasons() -> list[str]:
+    """Return why no kernel has computed attention within segments on CUDA since the last call, but many operations."""
+    reasons = list(_apart)
+    _apart.clear()
+    return reasons
 
 
 def forget_layouts() -> None:
@@ -148,6 +157,8 @@ def _packed(
         out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=sides, **options)
         assert isinstance(out, Tensor)  # a pair only if the log-sum-exp is requested
         return out.unsqueeze(0)
+    if len(lengths) > 1 and device_type(query) == "cuda":
+        _apart[_why_apart(query, value, dropout, softcap, sinks)] = None
     if not plain and batched.takes(query, segments, dropout):
         return batched.batched_attention(query, key, value, segments, causal, window, scaling, dropout)
     if not plain and dropout == 0.0 and takes(query, value, segments):
@@ -203,6 +214,21 @@ def _band(length: int, device: torch.device, causal: bool, window: int | None) -
     if window is None:
         return mask
     return mask.triu(1 - window) if causal else mask.triu(1 - window).tril(window - 1)
+
+
+def _why_apart(query: Tensor, value: Tensor, dropout: float, softcap: float | None, sinks: Tensor | None) -> str:
+    """Return why no kernel for segments of several lengths takes these tensors."""
+    if softcap is not None:
+        return "its scores are soft-capped"
+    if sinks is not None:
+        return "it has sinks"
+    if dropout:
+        return "it drops weights by chance"
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"it is in {str(query.dtype).removeprefix('torch.')}"
+    if capability(query) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return f"its heads are {query.shape[-1]} and {value.shape[-1]} wide"
 
 
 def _varlen_takes(query: Tensor, value: Tensor) -> bool:

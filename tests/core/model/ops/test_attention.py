@@ -10,7 +10,8 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from budwood.model.ops.attention import IMPLEMENTATION, attention, packed_mask, register
+from budwood.model.device import planned_device
+from budwood.model.ops.attention import IMPLEMENTATION, attention, packed_mask, register, take_reasons
 
 SIZES = {
     "hidden_size": 32,
@@ -226,3 +227,26 @@ def test_variable_length_kernel_equals_segments(window: int | None) -> None:
         results.append([out, *torch.autograd.grad(out, inputs, direction.to(dtype))])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual.float(), expected, atol=0.06, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "reason"),
+    [
+        ({"softcap": 2.0}, torch.bfloat16, "its scores are soft-capped"),
+        ({"s_aux": torch.zeros(2)}, torch.bfloat16, "it has sinks"),
+        ({"dropout": 0.5}, torch.bfloat16, "it drops weights by chance"),
+        ({}, torch.float32, "it is in float32"),
+        ({"size": 264}, torch.bfloat16, "its heads are 264 and 264 wide"),
+        ({"capability": (7, 5)}, torch.float16, "the GPU is older than compute capability 8.0"),
+    ],
+)
+def test_what_no_kernel_takes_on_a_gpu_is_told_once(options: dict[str, Any], dtype: torch.dtype, reason: str) -> None:
+    size, least = options.pop("size", 8), options.pop("capability", (8, 0))
+    q, k, v = (torch.randn(1, 2, 12, size, dtype=dtype) for _ in range(3))
+    for _ in range(2):
+        attention(SimpleNamespace(is_causal=True), q, k, v, None, segments=(0, 5, 12), **options)  # type: ignore[arg-type]
+    assert take_reasons() == []
+    with planned_device("cuda", least):
+        for _ in range(2):
+            attention(SimpleNamespace(is_causal=True), q, k, v, None, segments=(0, 5, 12), **options)  # type: ignore[arg-type]
+    assert (take_reasons(), take_reasons()) == ([reason], [])
