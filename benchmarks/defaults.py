@@ -131,7 +131,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
     shutil.rmtree(output)
     return {
         "key": task["key"], "score": score(task["key"].split("/")[0], metrics), "metrics": metrics,
-        "steps": run.steps, "used": used,
+        "untrained": score(task["key"].split("/")[0], run.before), "steps": run.steps, "used": used,
         "seconds": round(time.process_time() - started, 1),
     }  # fmt: skip
 
@@ -168,13 +168,14 @@ class Sweep:
         self.pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker)
 
     def measure_floors(self, cells: list[Cell]) -> None:
-        """Score an adapter after one step that changes nothing, on each kind of data."""
+        """Score what has not been trained, on each kind of data: the evaluation before the first step of a run."""
         for kind in sorted({kind for kind, *_ in cells} - self.floors.keys()):
-            setting = {"learning_rate": 1e-12, "steps": 1, "batch_examples": 1, "eval_every": 1, "warmup": 0}
-            task = job(kind, 50, "lora", setting, self.folder)
+            task = job(kind, 50, "lora", {"steps": 1, "batch_examples": 1}, self.folder)
             if task is not None:
                 found = self.pool.submit(work, task).result()
-                self.floors[kind] = max(found["score"], guess(kind))
+                if "untrained" not in found:
+                    raise SystemExit(f"error: {kind}: {found['error']}")
+                self.floors[kind] = max(found["untrained"], guess(kind))
                 say(f"{kind}: {self.floors[kind]:.4f} without training")
                 self._save()
 

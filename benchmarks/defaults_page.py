@@ -115,7 +115,10 @@ def section(content: dict[str, Any]) -> str:
     return f"""## (f) The defaults against a sweep
 
 By `python -m benchmarks.defaults`; raw results in [benchmarks/defaults.json](benchmarks/defaults.json). In each cell a
-run names nothing, and a sweep varies the default's learning rate and number of steps. The score is the accuracy, the
+run names nothing of its training, and a sweep varies the default's learning rate and number of steps. All name the rows
+that are scored as `data.eval`, train in 16 or 32 bit, and keep the adapter with the lowest loss on those rows. A run
+that names nothing at all differs: it trains on a base in 4 bit; holds out 5 % of the rows; and with fewer than 100 rows
+holds out none, and keeps its last adapter. The score is the accuracy, the
 share of exact answers, or the likelihood of a token, exp(-loss) (chat, long text). The data is the demo's, and so is
 the base, unless the first column names another. Not all sweeps are complete: the fourth column counts the settings
 that ran, and cells with fewer than {SETTINGS} are left out. The winner of a sweep and the default ran again with other

@@ -89,7 +89,8 @@ def _reading(result: dict[str, Any]) -> str:
 Scores in percent, mean ± standard deviation over the seeds; the difference is paired by seed, in points, with the 95 %
 interval of Student's t. "Times" is the median over the seeds of the peer's processor seconds divided by Budwood's. "At
 most" is this ratio if Budwood's steps did only the necessary operations at the matmul rate. Other load on the machine
-affects wall times, but processor times much less.
+affects wall times, but processor times much less. On two hyperthreads of a Xeon, quick runs of the encoder and of the
+4-bit base took longer than the Trainer's by the clock ([Performance](performance.md#encoders-and-short-rows)).
 """
 
 

@@ -15,7 +15,7 @@ from budwood.adapters.golden import Distance, Golden, relative_error
 from budwood.adapters.manifest import merged_into
 from budwood.adapters.rounding import round_stochastically
 from budwood.adapters.store import read_adapter
-from budwood.recipe.schema import Recipe
+from budwood.recipe.schema import Recipe, default_recipe
 from budwood.serving import merge as merging
 from budwood.serving.merge import merge
 from budwood.serving.verify import verify
@@ -92,6 +92,19 @@ def test_updates_below_the_resolution_of_bf16_survive_the_default_merge(tiny_bas
     assert stochastic.rounded_away < 0.05 < 0.2 < nearest.rounded_away, (
         "rounding to nearest loses more of a small update"
     )
+
+
+def test_what_an_ordinary_run_has_trained_merges_by_default(tiny_bases, tmp_path):
+    """Nothing is named but the base and the data; the base is in 16 bit, and trained on in 4."""
+    rows = [
+        {"prompt": f"{word} number {i}:", "completion": f" {word}"} for i in range(8) for word in ("games", "fonts")
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    base = tiny_bases("half", dtype=torch.bfloat16)
+    recipe = default_recipe(tmp_path / "rows.jsonl", str(base), overrides=[f"output={tmp_path / 'run'}"])
+    assert recipe.base.quantization == "nf4"
+    report = merge(tune(recipe, quiet=True).directory / "adapter", tmp_path / "merged")
+    assert report.dtype == "bf16" and report.error < 0.25 and report.rounded_away < 0.05
 
 
 def test_an_effect_smaller_than_the_rounding_is_rejected_and_nothing_is_written(tiny_bases, tmp_path, make_saved):

@@ -228,3 +228,16 @@ def test_the_error_of_an_arm_that_ended_early_is_shown(tmp_path: Path) -> None:
         finally:
             arm.stop()
     assert arm.joined
+
+
+@pytest.mark.parametrize(("precision", "met"), [("bf16", [True, False, False, True]), ("fp32", [True, True])])
+def test_each_arm_is_held_to_its_own_target(precision: str, met: list[bool]) -> None:
+    """2.8 times the fastest Trainer, 3 times it with a compiler; 3.5 times the one with 8 rows, 3 times in fp32."""
+    results: dict[str, Any] = {
+        name: {"tokens_per_second_by_round": [rate], "tokens_per_second": rate, "processor_seconds_by_round": [1.0],
+               "peak_bytes": size, "losses": [1.0]}
+        for name, rate, size in (("budwood", 29.0, 1), ("budwood-compile", 29.5, 1), ("trainer-1", 10.0, 3),
+                                 ("trainer-8", 9.0, 4))
+    }  # fmt: skip
+    train.compare(results)
+    assert [reached for _, reached in train.verdicts(results, precision)] == met
