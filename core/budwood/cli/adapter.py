@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from budwood.cli import material
-from budwood.cli.options import AdapterFolder, AsJson, Device, OtherBase, RecordedBase
+from budwood.cli.given import check_adapter
+from budwood.cli.options import AdapterFolder, AsJson, Device, OtherBase, RecordedBase, known_dtype, new_folder
 from budwood.cli.streams import echo, echo_json, print_notes
 from budwood.errors import plural
 from budwood.garbage import uncollected
@@ -102,6 +103,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Replay an adapter's golden prompts and compare with the recorded answers."""
+    check_adapter(directory, base, allow_other_base)
     with uncollected():
         from budwood.serving.verify import verify as replay
 
@@ -141,11 +143,13 @@ def _setting(record: GoldenRecord) -> str:
 @app.command()
 def merge(
     directory: Directory,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the merged model.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the merged model.", callback=new_folder)],
     base: RecordedBase = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="bf16, fp16 or fp32. Default: that in which the base is stored."),
+        typer.Option(
+            "--dtype", help="bf16, fp16 or fp32. Default: that in which the base is stored.", callback=known_dtype
+        ),
     ] = None,
     device: Device = "cpu",
     force: Annotated[
@@ -155,6 +159,7 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into the original weights of its base. Any library can open the result."""
+    check_adapter(directory, base, allow_other_base)
     with uncollected():
         from budwood.adapters.golden import share_text
         from budwood.serving.merge import merge as merge_into
@@ -178,7 +183,7 @@ def merge(
 @app.command()
 def export(
     directory: Directory,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the export.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the export.", callback=new_folder)],
     target: Annotated[
         str | None, typer.Option("--for", help="Program: peft, vllm, gguf (llama.cpp), ollama or merged.")
     ] = None,
@@ -197,7 +202,10 @@ def export(
         str | None, typer.Option("--quantization", help="Of the base in the comparison. Default: as recorded.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Of merged weights: bf16, fp16 or fp32. Default: see merge.")
+        str | None,
+        typer.Option(
+            "--dtype", help="Of merged weights: bf16, fp16 or fp32. Default: see merge.", callback=known_dtype
+        ),
     ] = None,
     device: Device = "auto",
     max_lora_rank: Annotated[
@@ -232,6 +240,7 @@ def export(
 
         echo(f"exported to {write(directory, out, format or 'peft')}")
         return
+    check_adapter(directory, base, allow_other_base)
     with uncollected():
         from budwood.serving.exports.push import check_repository, upload
         from budwood.serving.exports.targets import export_for

@@ -67,10 +67,13 @@ def generate(
         "--chat": chat is True, "--no-chat": chat is False, "--max-new-tokens": max_new_tokens != MAX_NEW_TOKENS,
         "--temperature": temperature > 0, "--top-p": top_p < 1, "--stop": bool(stop), "--seed": seed > 0,
     }  # fmt: skip
+    text = ""
+    if task == "causal-lm" and not image:  # which answers prompts: one that is missing is refused before torch is there
+        text = _read_prompt(prompt)
     _check_asked(
         task, dict(options or {}), image or [], prompt != "-", [name for name, given in asked.items() if given]
     )
-    text = "" if image else _read_prompt(prompt)
+    text = text or ("" if image else _read_prompt(prompt))
     pool = open_pool(
         base, directories, saved, quantization, precision=precision, device=device, allow_other_base=allow_other_base
     )

@@ -37,6 +37,22 @@ def read_given(given: Path, base: str | None, overrides: Sequence[str]) -> Recip
     return load_recipe(given, overrides) if base is None else default_recipe(given, base, overrides=overrides)
 
 
+def check_adapter(directory: Path, base: str | None, allow_other_base: bool) -> None:
+    """Check an adapter and the base that it names, from files alone, before torch is imported.
+
+    Args:
+        base: folder or hub name that the user gives instead.
+        allow_other_base: accept a base that the adapter was not trained on.
+
+    Raises:
+        InputError, CorruptError, ResourceError: one of them cannot be used.
+    """
+    from budwood.adapters.recorded_base import check_recorded_base
+    from budwood.adapters.store import read_adapter
+
+    check_recorded_base(read_adapter(directory, hashes=False), base, None, allow_other_base)
+
+
 def _is_recipe(path: Path) -> bool:
     import json
 

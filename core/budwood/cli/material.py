@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from budwood.cli.options import AdapterFolder, AsJson, Device, OtherBase, RecordedBase, present
+from budwood.cli.given import check_adapter
+from budwood.cli.options import AdapterFolder, AsJson, Device, OtherBase, RecordedBase, new_folder, present
 from budwood.cli.streams import echo, echo_json, print_notes
 from budwood.garbage import uncollected
 
@@ -40,12 +41,17 @@ def combine(
 ) -> None:
     """Combine adapters of one base into one, LoRA or of their own type, and compare its answers with the exact sum."""
     from budwood.errors import InputError
+    from budwood.serving.material.options import check_combination
 
     if len(directories) < 3:
         raise InputError("combine: give at least two adapters and the new folder: combine A B OUT.")
     for part in directories[:-1]:
         present(part)
     values = None if weights is None else [_number(text) for text in weights.split(",")]
+    check_combination(len(directories) - 1, values, method, rank, density, seed)
+    new_folder(directories[-1])
+    for part in directories[:-1]:
+        check_adapter(part, base, allow_other_base)
     with uncollected():
         from budwood.adapters.golden import share_text
         from budwood.serving.material.combine import combine as combine_into
@@ -73,8 +79,8 @@ def combine(
 
 def shrink(
     directory: AdapterFolder,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the new adapter.")],
-    rank: Annotated[int, typer.Option("--rank", help="Of every module that has a larger one.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the new adapter.", callback=new_folder)],
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Of every module that has a larger one.")],
     base: RecordedBase = None,
     device: Device = "auto",
     force: Annotated[
@@ -84,6 +90,7 @@ def shrink(
     as_json: AsJson = False,
 ) -> None:
     """Write the nearest LoRA adapter of a lower rank, and compare its answers."""
+    check_adapter(directory, base, allow_other_base)
     with uncollected():
         from budwood.adapters.golden import share_text
         from budwood.serving.material.shrink import shrink as shrink_to

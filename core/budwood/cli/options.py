@@ -16,6 +16,23 @@ def present(directory: Path) -> Path:
     return directory
 
 
+def new_folder(directory: Path) -> Path:
+    """Return the folder to write; one that holds something is refused before any library is imported."""
+    from budwood.untrusted.files import check_new_folder
+
+    check_new_folder(directory)
+    return directory
+
+
+def known_dtype(name: str | None) -> str | None:
+    """Return the name of a dtype for weights; another one is refused before any library is imported."""
+    from budwood.errors import InputError
+
+    if name not in (None, "bf16", "fp16", "fp32"):
+        raise InputError(f"--dtype {str(name)[:64]}: choose one of bf16, fp16, fp32.")
+    return name
+
+
 AdapterFolder = Annotated[Path, typer.Argument(metavar="DIR", help="An adapter's folder.", callback=present)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")]

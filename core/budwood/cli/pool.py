@@ -44,12 +44,10 @@ def read_adapters(
     """
     from budwood.adapters.store import read_adapter
     from budwood.errors import InputError
-    from budwood.model.checkpoint import resolve
+    from budwood.model.checkpoint import fingerprint
+    from budwood.model.checks import check_base
 
     adapters = {name: read_adapter(directory) for name, directory in directories.items()}
-    resolve(base, weights=False)  # a base that is not there is refused before any library is imported
-    from budwood.model.base import check_base, fingerprint
-
     info = check_base(base, quantization)
     base_fingerprint = fingerprint(info.path) if adapters else None
     for directory in directories.values():

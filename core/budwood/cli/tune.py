@@ -144,7 +144,7 @@ def eval_(
     """Evaluate an adapter on data: loss and the task's metrics, with and without the adapter."""
     from budwood.training.evaluation_inputs import read_inputs
 
-    inputs = read_inputs(adapter, data, base, quantization, max_length, generate, attack or [])
+    inputs = read_inputs(adapter, data, base, quantization, max_length, generate, attack or [], allow_other_base)
     with uncollected():
         from budwood.training.evaluate import evaluate
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from budwood.adapters.base_names import base_name, check_named_base
 from budwood.adapters.golden import TOLERANCE, Distance, Golden, comparable, current_setting, threads
 from budwood.adapters.manifest import GoldenRecord
 from budwood.adapters.match import mismatch
+from budwood.adapters.recorded_base import base_name, check_named_base
 from budwood.adapters.store import GOLDEN, SavedAdapter, read_adapter
 from budwood.contract.discovery import installed
 from budwood.contract.loading import build_task, load
 from budwood.errors import BudwoodError, CorruptError, InputError
-from budwood.model.base import Base, fingerprint, silence_libraries, skeleton
+from budwood.model.base import Base, silence_libraries, skeleton
 from budwood.model.checkpoint import one_revision
 from budwood.model.embeddings import resize_base
 from budwood.model.limits import embeddings_of
@@ -80,14 +80,7 @@ def open_base(
     task: Task = build_task(task_name, saved.manifest.task_options if saved.manifest else {})
     quantization = quantization or (recorded.quantization if recorded else None)
     with one_revision(name, recorded.revision if recorded and base is None else None):
-        info = check_named_base(saved, name, base, quantization)
-        read_adapter(
-            saved.directory,
-            base_name=name,
-            base_fingerprint=fingerprint(info.path),
-            allow_other_base=allow_other_base,
-            hashes=False,
-        )
+        check_named_base(saved, name, base, quantization, allow_other_base)
         loaded = load_for_task(
             name,
             quantization,

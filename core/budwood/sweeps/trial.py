@@ -68,9 +68,15 @@ class Watch:
         """Read new records; return whether to prune.
 
         Raises:
-            InputError: an evaluation lacks the metric; the message has those that it gives.
+            InputError: the run evaluates nothing, or not the metric; the message has those that it gives.
         """
         manifest = read_manifest(directory) or {}
+        examples = manifest.get("examples") or {"eval": None}
+        if self.metric.startswith("eval_") and "eval" not in examples:
+            raise InputError(
+                f"--metric {self.metric}: the runs evaluate nothing, since data.eval says none or the data is too "
+                "small for a held-out part: name rows to evaluate on, -o data.eval=FILE."
+            )
         total = int(manifest.get("steps") or 0)
         last: dict[str, Any] = {}
         for record in self._new(directory / "metrics.jsonl", started):
@@ -123,7 +129,7 @@ def run_trial(
     The process ends with this one, however it ends; its output is in `log`.
 
     Raises:
-        InputError: no evaluation gives the metric.
+        InputError: see `Watch.look`.
     """
     given = [part for override in [*overrides, f"output={json.dumps(str(directory))}"] for part in ("-o", override)]
     command = [sys.executable, "-P", "-m", "budwood", "tune", str(recipe), *given]
@@ -166,7 +172,8 @@ def _result(directory: Path, metric: str, seconds: float) -> Outcome:
     value = metrics.get(metric)
     if not isinstance(value, int | float) or not math.isfinite(value):
         given = ", ".join(name for name in metrics if name.startswith("eval_"))
-        return Outcome("failed", None, 0, f"{metric} is {value}; the run has {given or 'no evaluation'}", seconds)
+        code = InputError.exit_code if metric not in metrics else 0
+        return Outcome("failed", None, code, f"{metric} is {value}; the run has {given or 'no evaluation'}", seconds)
     return Outcome("complete", float(value), seconds=seconds)
 
 

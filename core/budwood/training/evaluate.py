@@ -83,7 +83,7 @@ def evaluate_adapter(
     Raises:
         InputError, CorruptError, ResourceError: the adapter, the data or the base cannot be used.
     """
-    inputs = read_inputs(directory, data, base, quantization, max_length, generate, attacks)
+    inputs = read_inputs(directory, data, base, quantization, max_length, generate, attacks, allow_other_base)
     return evaluate(inputs, quantization, precision, device, allow_other_base, quiet)
 
 

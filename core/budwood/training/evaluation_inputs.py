@@ -10,14 +10,13 @@ from typing import Any
 
 from ruamel.yaml import YAML, YAMLError
 
-from budwood.adapters.base_names import base_name, check_named_base
 from budwood.adapters.manifest import HeldOutRecord
+from budwood.adapters.recorded_base import check_recorded_base
 from budwood.adapters.store import SavedAdapter, read_adapter
 from budwood.contract.attack import Attack
 from budwood.contract.loading import load, start, validate_options
 from budwood.contract.validation import Location, dotted, sentence
 from budwood.errors import InputError
-from budwood.model.checkpoint import one_revision
 from budwood.model.checks import stored_quantization
 from budwood.model.limits import LENGTH
 from budwood.recipe.schema import Recipe, default_recipe
@@ -50,7 +49,7 @@ class EvaluationInputs:
 
 def read_inputs(
     directory: Path, data: Path | None, base: str | None, quantization: str | None, max_length: int | None,
-    generate: int | None, attacks: Sequence[str],
+    generate: int | None, attacks: Sequence[str], allow_other_base: bool = False,
 ) -> EvaluationInputs:  # fmt: skip
     """Read an adapter and check what it is evaluated on; for the arguments see `evaluate_adapter`.
 
@@ -66,12 +65,9 @@ def read_inputs(
         held_out = as_run.held_out if as_run else None
         if held_out is None:
             raise InputError(f"{directory}: its run evaluated nothing: name data to evaluate on with --data FILE.")
-    name = base_name(saved, base)
+    name = check_recorded_base(saved, base, quantization, allow_other_base)
     if not name:
         raise InputError(f"{directory} does not name its base: pass it with --base DIR.")
-    revision = manifest.base.revision if manifest and base is None else None
-    with one_revision(name, revision):
-        check_named_base(saved, name, base, quantization or (manifest.base.quantization if manifest else None))
     max_length = max_length or (as_run.max_length if as_run else None)
     if generate is None:
         generate = as_run.generate if as_run else 1000

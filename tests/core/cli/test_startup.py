@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.core.adapters.conftest import make_saved
@@ -25,6 +26,14 @@ COMMANDS = [
     (["plugins", "lora"], 0),
     (["adapter", "info", "ADAPTER"], 0),
     (["adapter", "info", "missing"], 2),
+    (["adapter", "verify", "ADAPTER", "--base", "missing/base/here"], 2),
+    (["adapter", "verify", "ADAPTER", "--base", "OTHER"], 2),
+    (["adapter", "merge", "ADAPTER", "."], 2),
+    (["adapter", "merge", "ADAPTER", "out", "--dtype", "nosuch"], 2),
+    (["adapter", "export", "ADAPTER", "."], 2),
+    (["adapter", "export", "ADAPTER", "out", "--for", "vllm", "--base", "OTHER"], 2),
+    (["adapter", "shrink", "ADAPTER", "out", "--rank", "0"], 2),
+    (["adapter", "combine", "ADAPTER", "ADAPTER", "out", "--weights", "1"], 2),
     (["adapter", "verify", "missing"], 2),
     (["adapter", "merge", "missing", "out"], 2),
     (["adapter", "export", "missing", "out"], 2),
@@ -53,10 +62,15 @@ COMMANDS = [
     (["sweep", "missing.yaml", "-s", "lora.rank=2,4"], 2),
     (["eval", "missing"], 2),
     (["eval", "."], 2),
+    (["eval", "ADAPTER", "--base", "OTHER", "--data", "rows.jsonl"], 2),
     (["eval", "ADAPTER", "--data", "malformed.jsonl"], 2),
     (["eval", "ADAPTER", "--attack", "nosuch"], 2),
     (["generate", "some/missing", "--prompt", "x"], 3),
     (["generate", "BASE", "--adapter", "a=missing", "--prompt", "x"], 2),
+    (["generate", "BASE", "--prompt", ""], 2),
+    (["generate", "BASE", "--prompt", "x", "--quantization", "nosuch"], 2),
+    (["generate", "OTHER", "--adapter", "a=ADAPTER", "--prompt", "x"], 2),
+    (["chat", "BASE", "--adapter", "a=ADAPTER", "--use", "b"], 2),
     (["chat", "some/missing"], 3),
     (["serve", "some/missing"], 3),
     (["compare", "missing", "missing2"], 2),
@@ -83,7 +97,7 @@ print("\\n" + json.dumps([codes, count, last]))
 """
 
 
-def test_refusals_import_no_library(tmp_path: Path, tiny_base: Path) -> None:
+def test_refusals_import_no_library(tmp_path: Path, tiny_base: Path, tiny_bases: Callable[..., Path]) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3, encoding="utf-8")
     (tmp_path / "malformed.jsonl").write_text('{"prompt": 1', encoding="utf-8")
     recipe = {
@@ -93,7 +107,12 @@ def test_refusals_import_no_library(tmp_path: Path, tiny_base: Path) -> None:
         "output": "out",
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    places = {"BASE": str(tiny_base), "ADAPTER": str(make_saved(tiny_base, tmp_path / "adapter"))}
+    places = {
+        "BASE": str(tiny_base),
+        "OTHER": str(tiny_bases("other", seed=5)),
+        "ADAPTER": str(make_saved(tiny_base, tmp_path / "adapter")),
+    }
+    places["a=ADAPTER"] = f"a={places['ADAPTER']}"
     commands = [[places.get(part, part) for part in arguments] for arguments, _ in COMMANDS]
     done = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps(commands), json.dumps(HEAVY), json.dumps(OF_MODELS)],

@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 from budwood import AdapterPool, CorruptError, InputError
 from budwood.adapters.store import read_adapter
 from budwood.cli.app import app
-from budwood.serving.material.combine import METHODS, combine
+from budwood.serving.material.combine import combine
 from budwood.serving.material.diff import diff
+from budwood.serving.material.options import METHODS
 from budwood.serving.material.shrink import shrink
 from budwood.serving.verify import verify
 

@@ -14,7 +14,7 @@ pytest.importorskip("optuna")
 
 from budwood.errors import BudwoodError, InputError, Interrupted, ResourceError
 from budwood.recipe.file import read_recipe_file
-from budwood.sweeps import search
+from budwood.sweeps import search, trial
 from budwood.sweeps.results import write_results
 from budwood.sweeps.search import Sweep, best_trial, counted
 from budwood.sweeps.space import read_space
@@ -182,3 +182,15 @@ def test_watch_reads_each_evaluation_once(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Did you mean 'eval_acuracy'. They give eval_acuracy, eval_loss"):
         wrong.look(tmp_path, 0)
     wrong.look(tmp_path, path.stat().st_mtime + 60)  # that of the run which is resumed is not read
+
+
+def test_runs_that_evaluate_nothing_are_refused_at_the_first_look(tmp_path: Path) -> None:
+    """And a run that has ended without the metric ends the sweep, as each one would."""
+    watch = Watch("eval_loss", lambda *_: False, lambda *_: None)
+    manifest = {"budwood": "1", "steps": 4, "examples": {"train": {"examples": 40}}, "metrics": {"loss": 1.5}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="--metric eval_loss: the runs evaluate nothing.*-o data.eval=FILE"):
+        watch.look(tmp_path, 0.0)
+    assert not Watch("loss", lambda *_: False, lambda *_: None).look(tmp_path, 0.0)
+    assert trial._result(tmp_path, "loss", 1.0) == Outcome("complete", 1.5, seconds=1.0)
+    assert trial._result(tmp_path, "nosuch", 1.0).code == InputError.exit_code

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from budwood.adapters.base_names import base_name
 from budwood.adapters.manifest import ChatRecord
+from budwood.adapters.recorded_base import base_name
 from budwood.adapters.store import SavedAdapter, read_adapter
 from budwood.errors import InputError
 from budwood.model.base import fingerprint, load_tokenizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +14,7 @@ from budwood.adapters.base_names import named_differently
 from budwood.adapters.golden import Distance
 from budwood.adapters.manifest import MadeRecord, PartRecord
 from budwood.adapters.store import SavedAdapter, read_adapter
-from budwood.errors import InputError, did_you_mean
+from budwood.errors import InputError
 from budwood.serving.exports.difference import decomposed
 from budwood.serving.exports.factors import (
     Factors,
@@ -27,13 +26,11 @@ from budwood.serving.exports.factors import (
     truncated,
     write_lora,
 )
+from budwood.serving.material.options import PRUNING, check_combination
 from budwood.serving.material.own_sums import FP32_MAX, Parts, combine_own, has_own_sum, too_large
 from budwood.serving.verify import task_of
 from budwood.untrusted.files import check_new_folder
 from budwood.untrusted.redaction import shorten
-
-METHODS = ("linear", "svd", "ties", "dare", "magnitude")
-_PRUNING = ("ties", "dare", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def combine(
             are not of that type.
         CorruptError: an adapter is damaged.
     """
-    _check(len(directories), weights, method, rank, density, seed)
+    check_combination(len(directories), weights, method, rank, density, seed)
     out = Path(out)
     check_new_folder(out)
     parts = [read_adapter(directory) for directory in directories]
@@ -130,43 +127,13 @@ def combine(
         result, kept = exact, 1.0
     else:
         size = rank or max(map(largest_rank, updates))
-        pruning = (0.5 if density is None else density) if method in _PRUNING else None
+        pruning = (0.5 if density is None else density) if method in PRUNING else None
         result, kept = _approximation(exact, updates, values, method, size, pruning, seed or 0)
     answers = bench.logits_of(lambda folder: write_lora(folder, result, parts[0]))
     summed = answers if method == "linear" else bench.logits_of(lambda folder: write_lora(folder, exact, parts[0]))
     distance, error = bench.open().compare(summed, answers)
     bench.open().write(out, lambda folder: write_lora(folder, result, parts[0]), "LORA", record, answers)
     return Combined(out, largest_rank(result), len(result), kept, distance, error, [*notes, *bench.notes])
-
-
-def _check(
-    count: int,
-    weights: Sequence[float] | None,
-    method: str,
-    rank: int | None,
-    density: float | None,
-    seed: int | None,
-) -> None:
-    if count < 2:
-        raise InputError("combine: give at least two adapters.")
-    if method not in METHODS:
-        raise InputError(f"--method {method}: choose one of {', '.join(METHODS)}.{did_you_mean(method, METHODS)}")
-    if weights is not None and len(weights) != count:
-        raise InputError(f"--weights: {len(weights)} for {count} adapters: give one for each.")
-    if weights is not None and not all(math.isfinite(weight) for weight in weights):
-        raise InputError("--weights: must be finite numbers.")
-    if weights is not None and not any(weights):
-        raise InputError("--weights: all are 0, so nothing would be left.")
-    if rank is not None and method == "linear":
-        raise InputError("--rank: linear is exact, with the sum of the ranks: use --method svd, or leave --rank out.")
-    if rank is not None and rank < 1:
-        raise InputError(f"--rank {rank}: must be at least 1.")
-    if density is not None and method not in _PRUNING:
-        raise InputError(f"--density: has no effect with --method {method}: leave it out.")
-    if seed is not None and method != "dare":
-        raise InputError(f"--seed: has no effect with --method {method}: leave it out.")
-    if density is not None and not 0 < density <= 1:
-        raise InputError(f"--density {density}: must be above 0 and at most 1.")
 
 
 def _check_parts(parts: Sequence[SavedAdapter], allow_other_base: bool) -> list[str]:
