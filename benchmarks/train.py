@@ -33,7 +33,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import workload as w
-from benchmarks.arms import ARMS, work
+from benchmarks.arms import ARMS, Pace, work
+from benchmarks.real_page import PRODUCTS
 
 OURS = "budwood"
 DEFAULT = {
@@ -41,6 +42,7 @@ DEFAULT = {
     True: ["budwood", "trainer-4", "trainer-8", "trainer-16", "trl-packed"],
 }
 """The default arms, by whether an optimizer step is one micro-batch."""
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 COMPILED = "budwood-compile"
 DENSE = ("41m", "160m")
 """Sizes that have targets on a CPU."""
@@ -144,7 +146,7 @@ def measure(
             arm.seconds.clear()
             arm.processor.clear()
         for number in range(rounds):
-            rates.append(matmul_rate(threads, {"bf16": "bfloat16", "fp32": "float32"}[precision]))
+            rates.append(matmul_rate(threads, DTYPES[precision]))
             order = arms[number % len(arms) :] + arms[: number % len(arms)]
             shown = [f"{arm.name} {arm.run(steps):.1f}" for arm in order]
             say(f"round {number + 1} of {rounds}, {rates[-1] / 1e9:.0f} GFLOP/s matmul, seconds: " + ", ".join(shown))
@@ -190,6 +192,49 @@ def default_arms(whole_steps: bool) -> list[str]:
 
     compiles = not torch.cuda.is_available() and any(map(shutil.which, ("g++", "clang++")))
     return [*DEFAULT[whole_steps], *[COMPILED] * (compiles and not whole_steps)]
+
+
+class Profile(Pace):
+    """Instead of turns: a step to warm up, then one in torch's profiler, and the end."""
+
+    def __init__(self) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        self.profiler = profile(activities=[ProfilerActivity.CPU], with_flops=True)
+
+    def ready(self) -> None:
+        """Begin at once."""
+        self.losses = []
+
+    def stepped(self, loss: float) -> None:
+        """Begin after the first step, and end after the second."""
+        self.losses.append(loss)
+        if len(self.losses) == 1:
+            self.profiler.start()
+            return
+        self.profiler.stop()
+        raise SystemExit(0)
+
+
+def profile_step(size: str, precision: str, threads: int) -> None:
+    """Print the shares of the operators in one of Budwood's steps on a CPU, and the rate of its products."""
+    import torch
+
+    with tempfile.TemporaryDirectory(prefix="budwood-bench-") as folder:
+        workload = w.build(Path(folder), 2, w.SIZES[size], precision)
+        torch.set_num_threads(threads)
+        rate, pace = matmul_rate(threads, DTYPES[precision]), Profile()
+        with contextlib.suppress(SystemExit):
+            ARMS[OURS](workload, 2, pace)
+    events = [event for event in pace.profiler.key_averages() if event.self_cpu_time_total > 0]
+    total = sum(event.self_cpu_time_total for event in events)
+    products = [event for event in events if PRODUCTS.match(event.key)]
+    spent = sum(event.self_cpu_time_total for event in products)
+    counted = [event for event in products if event.flops]  # torch knows those of most
+    reached = sum(event.flops for event in counted) * 1e6 / sum(event.self_cpu_time_total for event in counted)
+    say(f"{size}: products {spent / total:.0%} of the time, at {reached / rate:.0%} of {rate / 1e9:.0f} GFLOP/s")
+    for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:14]:
+        say(f"{event.self_cpu_time_total / total:6.1%}  {event.count:6}  {event.key}")
 
 
 def together(names: list[str]) -> list[list[str]]:
@@ -304,6 +349,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--base", type=Path, help="folder that keeps the base for another call; made if it is missing")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--profile", action="store_true", help="only profile one of Budwood's steps, on a CPU")
     return parser
 
 
@@ -313,6 +359,9 @@ def main() -> None:
     chosen = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if chosen.profile:
+        profile_step(chosen.size, chosen.precision, chosen.threads)
+        return
     result: dict[str, Any] = {}
     whole_steps = w.SIZES[chosen.size].whole_steps
     arms = chosen.arms or default_arms(whole_steps)
