@@ -10,7 +10,11 @@ import pytest
 from tests.faulty import adapter, difference, tune_with, write_recipe
 from tests.processes import run_in_two_processes
 
-ANYWHERE = "from budwood.recipe import device; device.check_device = lambda *given: None"
+ANYWHERE = (
+    "from budwood.recipe import device\n"
+    "from budwood.training import preflight, setup\n"
+    "device.check_device = preflight.check_device = setup.check_device = lambda *given: None"
+)
 """Lets inputs of layers be offloaded on the CPU, where only tests do it: the copies are made in place."""
 COUNTED = (
     "import atexit, torch\n"
