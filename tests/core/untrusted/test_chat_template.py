@@ -46,8 +46,8 @@ TEMPLATE = "{% set n = 99999 %}{{ bos_token }}{% if add_generation_prompt %}?{% 
     f"{{% if messages[0].content == '{name}' %}}{attack}{{% endif %}}" for name, attack in ATTACKS.items()
 )
 EXPECTED = {
-    "loops forever": "takes more than 0.3 s",
-    "computes forever": "takes more than 0.3 s",
+    "loops forever": "takes more than 1 s",
+    "computes forever": "takes more than 1 s",
     "writes too much": "writes 19,799,805 characters",
     "multiplies a string": "memory",
     "pads a string": "memory",
@@ -56,7 +56,7 @@ EXPECTED = {
     "calls itself": "recursion|nests too deeply",
     "another file": "rejects the conversation",
     "too long a range": "Range too big",
-    "appends forever": "takes more than 0.3 s|memory",
+    "appends forever": "takes more than 1 s|memory",
     "appends much": "memory",
     "appends a list to itself": "Circular reference",
     "clears its input": "'clear' of a list is unsafe",
@@ -69,8 +69,8 @@ EXPECTED = {
 def small_limits() -> Iterator[None]:
     """Lower the limits so that tests are quick."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat_template, "SECONDS", 0.3)
-        patch.setattr(chat_template, "MEMORY", 128 << 20)
+        patch.setattr(chat_template, "SECONDS", 1.0)
+        patch.setattr(chat_template, "MEMORY", 64 << 20)  # filled long before the time is over, on a slow machine too
         patch.setattr(chat_template, "_processes", {})
         patch.setattr(chat_template, "subprocess", SimpleNamespace(Popen=once_anew(), PIPE=subprocess.PIPE))
         yield
